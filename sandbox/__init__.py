@@ -1,0 +1,104 @@
+"""Run each tool call of an AI agent in its own single-use container, and keep a record of it.
+
+The public names load on first use: `import sandbox` itself costs a few milliseconds, and the jail's own
+processes import `sandbox._jail` and `sandbox._linux` through here without pulling in anything else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sandbox.errors import (
+        AuditError,
+        CallError,
+        CallLost,
+        CallTimeout,
+        ChainBroken,
+        Denied,
+        InternalError,
+        LauncherUnavailable,
+        LaunchError,
+        LimitExceeded,
+        ManifestError,
+        ProfileError,
+        Revoked,
+        SandboxError,
+        ToolFailed,
+        Unenforceable,
+    )
+    from sandbox.manifest import Manifest
+    from sandbox.outcome import Outcome
+    from sandbox.profiles import resolve
+    from sandbox.runtime import Sandbox
+    from sandbox.tool import sandboxed
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Manifest": "manifest",
+    "Outcome": "outcome",
+    "Sandbox": "runtime",
+    "resolve": "profiles",
+    "sandboxed": "tool",
+    **dict.fromkeys(
+        (
+            "AuditError",
+            "CallError",
+            "CallLost",
+            "CallTimeout",
+            "ChainBroken",
+            "Denied",
+            "InternalError",
+            "LaunchError",
+            "LauncherUnavailable",
+            "LimitExceeded",
+            "ManifestError",
+            "ProfileError",
+            "Revoked",
+            "SandboxError",
+            "ToolFailed",
+            "Unenforceable",
+        ),
+        "errors",
+    ),
+}
+
+__all__ = [
+    "AuditError",
+    "CallError",
+    "CallLost",
+    "CallTimeout",
+    "ChainBroken",
+    "Denied",
+    "InternalError",
+    "LaunchError",
+    "LauncherUnavailable",
+    "LimitExceeded",
+    "Manifest",
+    "ManifestError",
+    "Outcome",
+    "ProfileError",
+    "Revoked",
+    "Sandbox",
+    "SandboxError",
+    "ToolFailed",
+    "Unenforceable",
+    "__version__",
+    "resolve",
+    "sandboxed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'sandbox' has no attribute {name!r}")
+    value = getattr(import_module(f"sandbox.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

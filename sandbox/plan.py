@@ -1,0 +1,119 @@
+"""What a launch consists of: frozen data, no decisions.
+
+`planner.decide` makes a `LaunchPlan` from a manifest, a call and the host's facts; a launcher walks its steps in
+order; an error names a step; the record lists the steps applied. Everything here is plain JSON data, because
+the plan travels to the zygote as bytes on an inherited descriptor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Level = Literal["full", "partial", "none"]
+Strength = Literal["hardware", "kernel", "driver", "polled", "advisory", "none"]
+WorkspaceMode = Literal["private", "rw", "cow", "ro"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One named thing a launcher does. `where` says which process does it.
+
+    `view`: the builder of the root view, outside the jail's user namespace when the supervisor is root.
+    `call`: the jail's pid 1. `tool`: the process that becomes the tool, right before exec.
+    """
+
+    name: str
+    where: Literal["view", "call", "tool"]
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One control: what was asked, what is applied, how much of it holds (`level`) and by what (`mechanism`).
+
+    `strength` is how hard the mechanism is, a separate axis from how much of the request it covers.
+    """
+
+    control: str
+    requested: int | float | str | None
+    applied: int | float | str | None
+    level: Level
+    mechanism: str
+    strength: Strength = "kernel"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where the call works. `host_path` is empty for a private workspace."""
+
+    mode: WorkspaceMode = "private"
+    host_path: str = ""
+    jail_path: str = "/workspace"
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpec:
+    """What the caller wants run under a manifest; the manifest itself says what it may do.
+
+    `kind` "program": `argv` is executed. "function": `argv` is the interpreter with our runner, the function
+    and its arguments travel as bytes on the request descriptor. `tool` names it in the record.
+    """
+
+    kind: Literal["program", "function"]
+    argv: tuple[str, ...]
+    tool: str
+    cwd: str = ""
+    workspace: Workspace = Workspace()
+    tty: bool = False
+    collect: tuple[str, ...] = ()
+    why: str = ""
+    agent: str = ""
+    session: str = ""
+    trace_id: str = ""
+    span_id: str = ""
+    parent_record_id: str = ""
+    module: str = ""
+    source_sha256: str = ""
+    arguments_sha256: str = ""
+    arguments: Any = None
+    python_paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """Everything a launcher needs, in order. `seccomp` names the policy; its bytes are compiled from it."""
+
+    launcher: str
+    steps: tuple[Step, ...]
+    limits: tuple[Limit, ...]
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str
+    tty: bool
+    seccomp: Mapping[str, Any]
+    isolation: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def limit(self, control: str) -> Limit | None:
+        """The limit of that name, or None when the manifest does not ask for it."""
+        return next((limit for limit in self.limits if limit.control == control), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LaunchPlan:
+        """Rebuild a plan from `to_json`. Raises KeyError or TypeError on anything else: the sender is ours."""
+        fields = dict(data)
+        fields["steps"] = tuple(Step(s["name"], s["where"], s["args"]) for s in data["steps"])
+        fields["limits"] = tuple(Limit(**limit) for limit in data["limits"])
+        for name in ("argv", "notes"):
+            fields[name] = tuple(data[name])
+        return cls(**fields)
+
+    def dumps(self) -> bytes:
+        return json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True).encode()
