@@ -1,0 +1,35 @@
+# Every target makes what it needs; nothing has to be installed by hand. `make PYTHON=/path/to/python3` picks one.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-user test-v2 check clean
+
+help: ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+venv: ## .venv with the package and the tools of the tests
+	@scripts/bootstrap
+
+demo: venv ## what ROME did, first without our jail, then inside it; then a CSV analysed in a jail
+	@.venv/bin/python examples/rome.py
+	@.venv/bin/python examples/analyse_csv.py
+
+test: venv ## all tests; as root also the user-mode ones as an ordinary user
+	@scripts/need ssh-keygen git gcc make >/dev/null
+	.venv/bin/python -m pytest -n 2 tests
+	@if [ "$$(id -u)" = 0 ]; then $(MAKE) --no-print-directory test-user; fi
+
+test-user: venv ## kernel and escape tests as an unprivileged uid (needs root)
+	scripts/as-user python -m pytest -n 2 -p no:cacheprovider tests/kernel tests/escape
+
+test-v2: venv ## kernel and escape tests on a real cgroup v2 machine (qemu)
+	scripts/test-v2
+
+check: venv ## ruff, format, mypy, import directions
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -q tests/unit/test_imports.py
+
+clean: ## remove caches and build results (.venv stays)
+	rm -rf .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
