@@ -54,8 +54,10 @@ def newest(directories: list[Path]) -> Path | None:
 def open_url(url: str, accept: str = "*/*") -> tuple[bytes, str]:
     cafile = option("cert") or None
     context = ssl.create_default_context(cafile=cafile)
-    request = urllib.request.Request(url, headers={"Accept": accept, "User-Agent": "toolcall-sandbox bootstrap"})
-    with urllib.request.urlopen(request, timeout=60, context=context) as answer:
+    # The address is the operator's own index setting; pip itself would open it, `file:` included.
+    headers = {"Accept": accept, "User-Agent": "toolcall-sandbox bootstrap"}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60, context=context) as answer:  # noqa: S310
         return answer.read(), answer.headers.get_content_type()
 
 
