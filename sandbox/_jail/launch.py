@@ -1,0 +1,64 @@
+"""What one launch holds: the plan, the call's descriptors by name, and what the steps have made so far."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+from sandbox._jail import wire
+from sandbox._linux import process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+INSIDE_ID = 1000
+
+
+class Launch:
+    """One launch: the plan, the call's descriptors by name, and what the steps have made so far."""
+
+    def __init__(self, message: dict[str, object], fds: list[int]) -> None:
+        names = message["fds"]
+        assert isinstance(names, list)
+        self.fds: dict[str, int] = dict(zip(names, fds, strict=True))
+        self.plan = json.loads(wire.read_memfd(self.fds["plan"]))
+        self.status = socket.socket(fileno=self.fds["status"])
+        host_uid = message["host_uid"]
+        # None: an ordinary user, who can map nothing but himself.
+        self.host_uid: int | None = host_uid if isinstance(host_uid, int) else None
+        self.mnt = str(message["mnt"])
+        self.seccomp = wire.read_memfd(self.fds["seccomp"])
+        self.cap_last = process.last_cap()
+        self.step = "start"
+        self.applied: list[str] = []
+        self.notes: list[str] = []
+        self.out_fds: dict[str, int] = {}
+
+    @property
+    def root(self) -> str:
+        """Where the new root is being built."""
+        return f"{self.mnt}/root"
+
+    @property
+    def owner(self) -> int:
+        """The jail's uid as seen from the namespace in which the view is built."""
+        return INSIDE_ID if self.host_uid is None else self.host_uid
+
+    def run_steps(self, where: str, handlers: Mapping[str, Callable[[Launch, dict[str, Any]], None]]) -> None:
+        """Walk the plan's steps of one process, in order."""
+        for step in self.plan["steps"]:
+            if step["where"] != where:
+                continue
+            self.step = step["name"]
+            handlers[self.step](self, step["args"])
+            self.applied.append(self.step)
+
+
+def report_failure(launch: Launch, error: OSError) -> None:
+    """Tell the supervisor which step failed, and how."""
+    wire.send(
+        launch.status,
+        {"ev": "step_failed", "step": launch.step, "errno": error.errno, "message": str(error)},
+    )

@@ -1,0 +1,277 @@
+"""The jail's pid 1: finishes the jail from inside, seals it, starts the tool, reaps, and reports its end.
+
+It is born in all seven new namespaces and with every capability *there*; when it has sealed itself it has none, and
+cannot be read or traced by the tool (not dumpable). The tool cannot kill it: a pid namespace's init receives from
+inside only signals for which it has a handler (pid_namespaces(7)). When it ends, the kernel kills everything inside.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import select
+import signal
+import stat
+import struct
+import termios
+
+from sandbox._jail import wire
+from sandbox._jail.launch import INSIDE_ID, report_failure
+from sandbox._linux import landlock, mounts, process, seccomp, syscalls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandbox._jail.launch import Launch
+
+STANDARD_FDS = ("stdin", "stdout", "stderr")
+EXTRA_FDS = (("request", 3), ("result", 4))
+_STDIO_MAX = 2
+
+
+def run(launch: Launch, release: int) -> None:
+    """Everything from birth to the end of the tool. Does not return."""
+    try:
+        _wait_for_release(launch, release)
+        launch.run_steps("call", STEPS)
+        launch.step = "exec"
+        tool_pid = _start_tool(launch)
+    except OSError as error:
+        report_failure(launch, error)
+        os._exit(1)
+    _attend(launch, tool_pid)
+
+
+def _wait_for_release(launch: Launch, release: int) -> None:
+    """Block until the builder has put us under our limits and mapped our ids; then take the jail's uid."""
+    launch.step = "map_ids"
+    if os.read(release, 1) != b"+":
+        os._exit(1)
+    if launch.host_uid is not None:
+        os.setgroups([])
+    os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+    os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+    process.set_not_dumpable()
+    process.die_with_parent()
+    # The builder may have died between the byte and the line above. It keeps the pipe's other end open until it ends.
+    poller = select.poll()
+    poller.register(release, select.POLLIN)
+    if poller.poll(0):
+        os._exit(1)
+
+
+def proc(_launch: Launch, args: dict[str, Any]) -> None:
+    """The jail's own /proc over the host's, with what reaches the whole machine masked or read-only."""
+    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
+    mounts.mount("proc", "/proc", "proc", flags, "hidepid=2")
+    attributes = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV | mounts.ATTR_NOEXEC
+    for name in args["read_only"]:
+        if os.path.exists(f"/proc/{name}"):
+            mounts.bind(f"/proc/{name}", f"/proc/{name}", attributes)
+    for name in args["masked"]:
+        try:
+            is_directory = stat.S_ISDIR(os.lstat(f"/proc/{name}").st_mode)
+        except FileNotFoundError:
+            continue
+        if is_directory:
+            mounts.mount("tmpfs", f"/proc/{name}", "tmpfs", flags | mounts.MS_RDONLY, "size=4k,nr_inodes=2,mode=555")
+        else:
+            mounts.bind("/dev/null", f"/proc/{name}", mounts.ATTR_NOSUID | mounts.ATTR_NOEXEC)
+
+
+def terminals(launch: Launch, args: dict[str, Any]) -> None:
+    """Pseudo-terminals of the jail's own; with a terminal asked for, its master goes out to the supervisor."""
+    options = "newinstance,ptmxmode=0666,mode=0620"
+    mounts.mount("devpts", "/dev/pts", "devpts", mounts.MS_NOSUID | mounts.MS_NOEXEC, options)
+    if args["tty"]:
+        master, slave = os.openpty()
+        os.set_inheritable(slave, False)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", args["rows"], args["columns"], 0, 0))
+        wire.send(launch.status, {"ev": "terminal", "fds": ["terminal"]}, [master])
+        os.close(master)
+        launch.fds["terminal"] = slave
+
+
+def loopback(_launch: Launch, _args: dict[str, Any]) -> None:
+    """The network namespace holds `lo` alone; bring it up, so that programs can talk to themselves."""
+    process.loopback_up()
+
+
+def hostname(_launch: Launch, args: dict[str, Any]) -> None:
+    process.set_host_name(args["name"])
+
+
+def keyring(launch: Launch, _args: dict[str, Any]) -> None:
+    """A session keyring of our own: keyrings belong to no namespace, the caller's would be inherited."""
+    if not process.join_new_session_keyring():
+        launch.notes.append("kernel keyrings are not available here")
+
+
+def affinity(_launch: Launch, args: dict[str, Any]) -> None:
+    """Whole cores, for hosts without a cpu controller; the filter then refuses sched_setaffinity."""
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, allowed[: args["cores"]])
+
+
+def rlimits(_launch: Launch, args: dict[str, Any]) -> None:
+    for name, value in args.items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.setrlimit(number, (value, value))
+
+
+def capabilities(launch: Launch, _args: dict[str, Any]) -> None:
+    process.drop_all_caps(launch.cap_last)
+
+
+def no_new_privs(_launch: Launch, _args: dict[str, Any]) -> None:
+    process.set_no_new_privs()
+
+
+def landlock_rules(_launch: Launch, args: dict[str, Any]) -> None:
+    """The second wall: the same paths again, as rules of this process and all its children (landlock(7))."""
+    landlock.restrict([(path, access) for path, access in args["rules"] if os.path.lexists(path)], args["abi"])
+
+
+def close_fds(launch: Launch, _args: dict[str, Any]) -> None:
+    """Close everything but the call's own descriptors."""
+    keep = {fd for name, fd in launch.fds.items() if name in (*STANDARD_FDS, "request", "result", "status", "terminal")}
+    first = _STDIO_MAX + 1
+    for fd in sorted(keep):
+        if fd > first:
+            syscalls.close_range(first, fd - 1)
+        first = max(first, fd + 1)
+    syscalls.close_range(first, 0xFFFFFFFF)
+
+
+def seccomp_filter(launch: Launch, _args: dict[str, Any]) -> None:
+    seccomp.install(launch.seccomp)
+
+
+STEPS = {
+    "proc": proc,
+    "terminals": terminals,
+    "loopback": loopback,
+    "hostname": hostname,
+    "keyring": keyring,
+    "affinity": affinity,
+    "rlimits": rlimits,
+    "capabilities": capabilities,
+    "no_new_privs": no_new_privs,
+    "landlock": landlock_rules,
+    "close_fds": close_fds,
+    "seccomp": seccomp_filter,
+}
+
+
+def _start_tool(launch: Launch) -> int:
+    """Fork and exec the tool. Raises OSError only for failures of ours; a program that cannot run is the tool's."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    wire.send(launch.status, {"ev": "sealed", "steps": launch.applied, "notes": launch.notes})
+    error_read, error_write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        os.close(error_read)
+        try:
+            _become_tool(launch, error_write)
+        except OSError as error:
+            os.write(error_write, b"%d" % (error.errno or errno.EIO))
+        os._exit(127)
+    os.close(error_write)
+    for name in (*STANDARD_FDS, "request", "result", "terminal"):
+        if name in launch.fds:
+            os.close(launch.fds.pop(name))
+    failure = os.read(error_read, 16)
+    os.close(error_read)
+    if failure:
+        wire.send(launch.status, {"ev": "exec_failed", "errno": int(failure), "program": launch.plan["argv"][0][:200]})
+    return pid
+
+
+def _become_tool(launch: Launch, error_write: int) -> None:
+    os.setsid()
+    if "terminal" in launch.fds:
+        fcntl.ioctl(launch.fds["terminal"], termios.TIOCSCTTY, 0)
+        sources = [launch.fds["terminal"]] * 3
+    else:
+        sources = [launch.fds[name] for name in STANDARD_FDS]
+    targets = [0, 1, 2]
+    for name, number in EXTRA_FDS:
+        if name in launch.fds:
+            sources.append(launch.fds[name])
+            targets.append(number)
+    # First out of the way of the low numbers, so that no dup2 overwrites a source that is still needed.
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in sources]
+    error_fd = fcntl.fcntl(error_write, fcntl.F_DUPFD_CLOEXEC, 16)
+    for source, target in zip(moved, targets, strict=True):
+        os.dup2(source, target, inheritable=True)
+    first = len(targets)
+    syscalls.close_range(first, error_fd - 1)
+    syscalls.close_range(error_fd + 1, 0xFFFFFFFF)
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP) and signal.getsignal(number) not in (signal.SIG_DFL, None):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    os.umask(0o022)
+    plan = launch.plan
+    try:
+        os.chdir(plan["cwd"])
+        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])  # noqa: S606 - this is the point
+    except OSError as error:
+        os.write(error_fd, b"%d" % (error.errno or errno.EIO))
+    os._exit(127)
+
+
+def _attend(launch: Launch, tool_pid: int) -> None:
+    """Reap orphans and pass signals on until the tool itself has ended; then report and end the jail."""
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    poller = select.poll()
+    poller.register(wake_read, select.POLLIN)
+    poller.register(launch.status, select.POLLIN)
+    while True:
+        _reap(launch, tool_pid)
+        ready = {fd for fd, _ in poller.poll()}
+        if wake_read in ready:
+            os.read(wake_read, 4096)
+        if launch.status.fileno() in ready:
+            _obey(launch, tool_pid)
+
+
+def _reap(launch: Launch, tool_pid: int) -> None:
+    while True:
+        try:
+            pid, wait_status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if pid == tool_pid:
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            message = {
+                "ev": "exit",
+                "wait_status": wait_status,
+                "user_s": usage.ru_utime,
+                "system_s": usage.ru_stime,
+                "maxrss_bytes": usage.ru_maxrss * 1024,
+            }
+            wire.send(launch.status, message)
+            os._exit(0)
+
+
+def _obey(launch: Launch, tool_pid: int) -> None:
+    message, _ = wire.receive(launch.status)
+    if message is None:
+        os._exit(1)
+    if message.get("op") == "signal":
+        try:
+            os.killpg(tool_pid, int(str(message["number"])))
+        except ProcessLookupError:
+            return

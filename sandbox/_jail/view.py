@@ -1,0 +1,375 @@
+"""Steps that build the jail's root view, each a function of the launch and the step's arguments.
+
+Everything a jail can see is put here by name on an empty tmpfs: what no step mounts does not exist inside.
+Host sources are opened once, without following links, checked against what the planner saw, and mounted from
+that very descriptor. Source: mount_namespaces(7), pivot_root(2), overlayfs(5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import os
+import signal
+import stat
+
+from sandbox._jail import etc
+from sandbox._linux import mounts, syscalls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandbox._jail.launch import Launch
+
+READ_ONLY = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV
+WRITABLE = mounts.ATTR_NOSUID | mounts.ATTR_NODEV
+MASK_DIR = "mask-dir"
+MASK_FILE = "mask-file"
+
+
+def private_propagation(_launch: Launch, _args: dict[str, Any]) -> None:
+    """Nothing mounted here reaches the host, nor the other way."""
+    mounts.make_private()
+
+
+def new_root(launch: Launch, args: dict[str, Any]) -> None:
+    """The empty root, and the tmpfs that holds every private writable place, sized by `disk` and `inodes`."""
+    for name in ("root", "scratch", "lower"):
+        os.makedirs(f"{launch.mnt}/{name}", mode=0o700, exist_ok=True)
+    flags = mounts.MS_NOSUID | mounts.MS_NODEV
+    mounts.mount("tmpfs", launch.root, "tmpfs", flags, "size=4m,nr_inodes=16384,mode=755")
+    scratch = f"{launch.mnt}/scratch"
+    options = f"size={args['disk_bytes']},nr_inodes={args['inodes']},mode=755"
+    mounts.mount("tmpfs", scratch, "tmpfs", flags, options)
+    for name, mode in (("tmp", 0o1777), ("var-tmp", 0o1777), ("home", 0o700), ("shm", 0o1777), ("workspace", 0o755)):
+        _owned_directory(launch, f"{scratch}/{name}", mode)
+    os.mkdir(f"{scratch}/{MASK_DIR}", 0o000)
+    os.close(os.open(f"{scratch}/{MASK_FILE}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o000))
+    launch.out_fds["scratch"] = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def system_view(launch: Launch, args: dict[str, Any]) -> None:
+    """The system's programs and libraries, read-only: directories bound, links copied as links."""
+    for path in args["directories"]:
+        _replicate(launch, path)
+    for path in args["python_paths"]:
+        _bind_grant(launch, path, path, READ_ONLY)
+    for source, target in args["runtime_files"]:
+        _bind_grant(launch, source, target, READ_ONLY)
+
+
+def etc_files(launch: Launch, args: dict[str, Any]) -> None:
+    """The few files of /etc that programs need: some written for the jail, some of the host's own."""
+    directory = f"{launch.root}/etc"
+    os.makedirs(directory, exist_ok=True)
+    for name, text in etc.files(args["hostname"], args["home"]).items():
+        with open(f"{directory}/{name}", "w", encoding="utf-8") as file:
+            file.write(text)
+    for path in args["host_paths"]:
+        _replicate(launch, path)
+
+
+def devices(launch: Launch, args: dict[str, Any]) -> None:
+    """A minimal /dev: five harmless nodes of the host bound in, and places for what is mounted later."""
+    dev = f"{launch.root}/dev"
+    os.makedirs(f"{dev}/pts")
+    os.mkdir(f"{dev}/shm")
+    for name in args["nodes"]:
+        target = f"{dev}/{name}"
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        mounts.bind(f"/dev/{name}", target, mounts.ATTR_NOSUID | mounts.ATTR_NOEXEC)
+    links = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
+    for name, where in links.items():
+        os.symlink(where, f"{dev}/{name}")
+
+
+def private_places(launch: Launch, args: dict[str, Any]) -> None:
+    """The temporary directories, the home and /dev/shm: directories of the one sized tmpfs."""
+    for jail_path, name in args["directories"].items():
+        target = _mountpoint(launch, jail_path, directory=True)
+        mounts.bind(f"{launch.mnt}/scratch/{name}", target, WRITABLE)
+
+
+def grants(launch: Launch, args: dict[str, Any]) -> None:
+    """What the manifest names, at the same path inside, shallow before deep so that the longest path wins."""
+    for grant in sorted(args["paths"], key=lambda g: g["jail_path"].count("/")):
+        attributes = WRITABLE if grant["access"] == "write" else READ_ONLY
+        _bind_grant(launch, grant["host_path"], grant["jail_path"], attributes, grant)
+
+
+def workspace(launch: Launch, args: dict[str, Any]) -> None:
+    """The workspace: private, the host's directory (rw, ro), or a writable layer over it (cow)."""
+    mode, jail_path = args["mode"], args["jail_path"]
+    scratch = f"{launch.mnt}/scratch"
+    if mode == "private":
+        target = _mountpoint(launch, jail_path, directory=True)
+        mounts.bind(f"{scratch}/workspace", target, WRITABLE)
+    elif mode == "cow":
+        target = _mountpoint(launch, jail_path, directory=True)
+        _overlay(launch, args, target)
+    else:
+        attributes = WRITABLE if mode == "rw" else READ_ONLY
+        target = _bind_grant(launch, args["host_path"], jail_path, attributes, args)
+        for relative in args.get("protected", ()):
+            _protect(target, relative)
+    if jail_path != "/workspace":
+        with contextlib.suppress(FileExistsError):
+            os.symlink(jail_path, f"{launch.root}/workspace")
+    launch.out_fds["workspace"] = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def deny(launch: Launch, args: dict[str, Any]) -> None:
+    """Cover what the manifest denies, and every socket, pipe or device that lies in a granted tree.
+
+    A path socket is reachable through any mount, read-only or not, from any network namespace (unix(7)): a socket
+    inside a granted directory would be a way out that the manifest does not name.
+    """
+    for path in args["paths"]:
+        if os.path.lexists(launch.root + path):
+            _mask(launch, launch.root + path)
+    budget = [int(args["entries_max"])]
+    for tree in args["trees"]:
+        _mask_in_tree(launch, tree, args["patterns"], budget)
+
+
+def proc_seed(launch: Launch, _args: dict[str, Any]) -> None:
+    """The host's /proc, to be covered by the jail's own: the kernel lets a user namespace mount a new one only where
+    an uncovered one is in sight already (mount_too_revealing() in fs/namespace.c)."""
+    os.makedirs(f"{launch.root}/proc", exist_ok=True)
+    mounts.bind("/proc", f"{launch.root}/proc", 0)
+
+
+def enter_root(launch: Launch, _args: dict[str, Any]) -> None:
+    """Make the view the root, let go of the host's tree, and make the root itself read-only."""
+    os.chdir(launch.root)
+    syscalls.pivot_root_here()
+    mounts.unmount_detached(".")
+    os.chdir("/")
+    mounts.remount_read_only("/")
+
+
+STEPS = {
+    step.__name__: step
+    for step in (
+        private_propagation,
+        new_root,
+        system_view,
+        etc_files,
+        devices,
+        private_places,
+        grants,
+        workspace,
+        deny,
+        proc_seed,
+        enter_root,
+    )
+}
+
+
+def _owned_directory(launch: Launch, path: str, mode: int) -> None:
+    os.mkdir(path)
+    os.chown(path, launch.owner, launch.owner)
+    os.chmod(path, mode)
+
+
+def _replicate(launch: Launch, path: str) -> None:
+    """Show one host path inside as what it is: a link as the same link, anything else as a read-only bind."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return
+    target = launch.root + path
+    if os.path.lexists(target):
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if stat.S_ISLNK(info.st_mode):
+        os.symlink(os.readlink(path), target)
+        return
+    _bind_grant(launch, path, path, READ_ONLY)
+
+
+def _mountpoint(launch: Launch, jail_path: str, *, directory: bool) -> str:
+    """Make the place to mount on. The root is ours alone until the jail is born, so plain paths do."""
+    target: str = launch.root + jail_path
+    if directory:
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if not os.path.lexists(target):
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    return target
+
+
+def _bind_grant(
+    launch: Launch, host_path: str, jail_path: str, attributes: int, expected: dict[str, Any] | None = None
+) -> str:
+    """Bind one host path. `expected` holds the device and inode that the caller saw when it resolved the path."""
+    fd = mounts.open_path(host_path)
+    try:
+        info = os.fstat(fd)
+        if expected is not None and (info.st_dev, info.st_ino) != (expected["dev"], expected["ino"]):
+            raise OSError(errno.ESTALE, f"{host_path}: replaced since it was resolved")
+        target = _mountpoint(launch, jail_path, directory=stat.S_ISDIR(info.st_mode))
+        tree = mounts.clone_tree(fd)
+    finally:
+        os.close(fd)
+    try:
+        if expected is not None and launch.host_uid is not None:
+            _map_owner(launch, tree, host_path, must=not attributes & mounts.ATTR_RDONLY)
+        mounts.set_attributes(tree, attributes)
+        mounts.attach(tree, target)
+    finally:
+        os.close(tree)
+    return target
+
+
+def _map_owner(launch: Launch, tree: int, host_path: str, *, must: bool) -> None:
+    """Show what the supervisor's own uid owns as owned by the jail's uid, in both directions (idmapped mount)."""
+    userns_fd = _idmap_namespace(os.geteuid(), launch.host_uid)
+    try:
+        mounts.set_attributes(tree, 0, userns_fd=userns_fd)
+    except OSError as error:
+        # EINVAL: this filesystem has no idmapped mounts; EPERM: it belongs to another user namespace. Reading then
+        # goes by the "others" permission bits, which is less than was granted; writing could not work at all.
+        if must or error.errno not in (errno.EINVAL, errno.EPERM):
+            raise OSError(error.errno, f"idmapped mount of {host_path}: {error.strerror}") from error
+        launch.notes.append(f"{host_path}: not idmapped, readable as far as others may read it")
+    finally:
+        os.close(userns_fd)
+
+
+def _idmap_namespace(outside: int, inside: int) -> int:
+    """A descriptor of a user namespace that maps one id to another. Its only process lives as long as this takes."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    pid, pidfd = syscalls.clone(syscalls.CLONE_NEWUSER)
+    if pid == 0:
+        os.close(write_end)
+        os.read(read_end, 1)
+        os._exit(0)
+    try:
+        for name in ("uid_map", "gid_map"):
+            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, b"%d %d 1" % (outside, inside))
+            finally:
+                os.close(fd)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        syscalls.pidfd_kill(pidfd, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for fd in (pidfd, read_end, write_end):
+            os.close(fd)
+
+
+def _overlay(launch: Launch, args: dict[str, Any], target: str) -> None:
+    """A writable layer on the scratch tmpfs over the host's directory, which is never written."""
+    lower = f"{launch.mnt}/lower"
+    _attach_lower(launch, args, lower)
+    info = os.stat(lower)
+    for name in ("upper", "work"):
+        _owned_directory(launch, f"{launch.mnt}/scratch/{name}", stat.S_IMODE(info.st_mode) | 0o700)
+    # Relative names: an absolute path could hold the colons and commas that separate overlay's options.
+    options = "lowerdir=lower,upperdir=scratch/upper,workdir=scratch/work,redirect_dir=off,metacopy=off,index=off"
+    if launch.host_uid is None:
+        options += ",userxattr"
+    here = os.getcwd()
+    os.chdir(launch.mnt)
+    try:
+        mounts.mount("overlay", target, "overlay", mounts.MS_NOSUID | mounts.MS_NODEV, options)
+    finally:
+        os.chdir(here)
+    upper = f"{launch.mnt}/scratch/upper"
+    launch.out_fds["upper"] = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _attach_lower(launch: Launch, args: dict[str, Any], lower: str) -> None:
+    fd = mounts.open_path(args["host_path"])
+    try:
+        info = os.fstat(fd)
+        if (info.st_dev, info.st_ino) != (args["dev"], args["ino"]):
+            raise OSError(errno.ESTALE, f"{args['host_path']}: replaced since it was resolved")
+        tree = mounts.clone_tree(fd)
+    finally:
+        os.close(fd)
+    try:
+        if launch.host_uid is not None:
+            _map_owner(launch, tree, args["host_path"], must=True)
+        mounts.set_attributes(tree, READ_ONLY)
+        mounts.attach(tree, lower)
+    finally:
+        os.close(tree)
+
+
+def _protect(target: str, relative: str) -> None:
+    """Make one entry of a writable workspace read-only. Gone since the scan: the sweep after the call sees to it."""
+    root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        resolve = mounts.RESOLVE_BENEATH | mounts.RESOLVE_NO_SYMLINKS
+        fd = mounts.open_path(relative, resolve, root)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return
+        raise
+    finally:
+        os.close(root)
+    try:
+        tree = mounts.clone_tree(fd)
+        try:
+            mounts.set_attributes(tree, READ_ONLY)
+            mounts.attach_at(tree, fd)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(fd)
+
+
+def _mask(launch: Launch, target: str) -> None:
+    """Cover one path with something empty that nobody inside may open (EACCES)."""
+    info = os.lstat(target)
+    if stat.S_ISLNK(info.st_mode):
+        return
+    name = MASK_DIR if stat.S_ISDIR(info.st_mode) else MASK_FILE
+    mounts.bind(f"{launch.mnt}/scratch/{name}", target, READ_ONLY | mounts.ATTR_NOEXEC)
+
+
+def _mask_in_tree(launch: Launch, tree: str, patterns: list[str], budget: list[int]) -> None:
+    """Walk one granted tree and mask what is denied or is no plain file."""
+    pending = [tree]
+    while pending:
+        directory = pending.pop()
+        try:
+            entries = list(os.scandir(launch.root + directory))
+        except (PermissionError, NotADirectoryError, FileNotFoundError):
+            continue
+        budget[0] -= len(entries)
+        if budget[0] < 0:
+            raise OSError(errno.E2BIG, f"{tree}: too many entries to check for denied paths and sockets")
+        for entry in entries:
+            path = f"{directory.rstrip('/')}/{entry.name}"
+            if _is_denied(path, tree, patterns) or _is_special(entry):
+                _mask(launch, launch.root + path)
+            elif entry.is_dir(follow_symlinks=False):
+                pending.append(path)
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    return not (entry.is_symlink() or entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False))
+
+
+def _is_denied(path: str, tree: str, patterns: list[str]) -> bool:
+    """Whether a glob names `path`: `**/NAME` anywhere below a grant, or an absolute pattern; `*` spans no slash."""
+    for pattern in patterns:
+        full = pattern if pattern.startswith("/") else f"{tree.rstrip('/')}/{pattern}"
+        if _glob_matches(path.split("/"), full.split("/")):
+            return True
+    return False
+
+
+def _glob_matches(parts: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_glob_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _glob_matches(parts[1:], pattern[1:])

@@ -1,0 +1,74 @@
+"""The zygote: a small, single-threaded process, the only one that forks jails.
+
+It holds nothing of any call: it receives a message with the call's descriptors, forks a builder, closes its copies.
+It dies with the supervisor (PDEATHSIG, and end of file on its socket), and the builders die with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+
+from sandbox._jail import builder, wire
+from sandbox._linux import process
+
+
+def main(control_fd: int) -> None:
+    """Serve launch requests on `control_fd` until the supervisor closes it."""
+    parent = os.getppid()
+    process.die_with_parent()
+    if os.getppid() != parent:
+        os._exit(0)
+    control = socket.socket(fileno=control_fd)
+    os.umask(0o022)
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    poller.register(wake_read, select.POLLIN)
+    wire.send(control, {"ev": "ready", "pid": os.getpid()})
+    while True:
+        ready = {fd for fd, _ in poller.poll()}
+        if wake_read in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(wake_read, 4096)
+            _reap()
+        if control_fd in ready:
+            message, fds = wire.receive(control)
+            if message is None:
+                return
+            _launch(control, message, fds, (wake_read, wake_write))
+
+
+def _launch(control: socket.socket, message: dict[str, object], fds: list[int], own_fds: tuple[int, int]) -> None:
+    zygote_pid = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in own_fds:
+            os.close(fd)
+        control.close()
+        builder.run(message, fds, zygote_pid)
+        os._exit(0)
+    for fd in fds:
+        os.close(fd)
+
+
+def _reap() -> None:
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
