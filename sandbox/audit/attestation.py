@@ -1,0 +1,119 @@
+"""Compare what a call was granted with what was seen of it: one verdict per capability. Pure.
+
+    within          it used the capability and stayed inside its grant, or the kernel enforces the grant in full
+    exceeded        it reached for more than its grant (and was held, or ended for it)
+    unused          it was granted and nothing of it was used: a grant that could be narrower
+    not_observable  nobody outside the jail could see it, and the control is not enforced in full
+
+"Within" without a counter rests on enforcement, not on sight; `evidence` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# control -> (the counter in `usage`, the counter of refusals in `usage`, where the grant stands in the manifest)
+_COUNTED: dict[str, tuple[str, str, str]] = {
+    "memory": ("memory_peak_bytes", "oom_kills", "memory_bytes"),
+    "pids": ("pids_peak", "pids_refused", "pids"),
+    "cpus": ("cpu_s", "", "cpus"),
+    "cpu_time": ("cpu_s", "", "cpu_time_s"),
+    "wall_time": ("wall_s", "", "wall_time_s"),
+    "disk": ("disk_peak_bytes", "disk_refused", "disk_bytes"),
+    "inodes": ("inodes_peak", "", "inodes"),
+    "output": ("output_bytes", "", "output_bytes"),
+    "open_files": ("open_files_peak", "", "open_files"),
+    "io": ("io_bytes", "", "io_bytes_per_s"),
+}
+
+
+def attestation(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Verdict, grant, observation and evidence per capability.
+
+    `record` holds the groups enforcement, usage, network, files, processes, output, time and ending.
+    """
+    resources = _mapping(manifest.get("resources"))
+    counters = _counters(record)
+    kind = str(_mapping(record.get("ending")).get("kind", ""))
+    verdicts = {
+        control: _counted(control, resources.get(grant), counters, kind, record)
+        for control, (_, _, grant) in _COUNTED.items()
+        if resources.get(grant) is not None
+    }
+    verdicts["network"] = _network(_mapping(manifest.get("network")), record, kind)
+    verdicts["filesystem"] = _filesystem(_mapping(manifest.get("filesystem")), record)
+    return verdicts
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _counters(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The usage group with the sums that several of its counters make."""
+    counters = dict(_mapping(record.get("usage")))
+    counters["cpu_s"] = _total(counters.get("cpu_user_s"), counters.get("cpu_system_s"))
+    counters["wall_s"] = _mapping(record.get("time")).get("duration_s")
+    output, io = _mapping(record.get("output")), _mapping(counters.get("io"))
+    counters["output_bytes"] = _total(output.get("stdout_bytes"), output.get("stderr_bytes"))
+    counters["io_bytes"] = _total(io.get("read_bytes"), io.get("write_bytes"))
+    return counters
+
+
+def _total(*parts: Any) -> int | float | None:
+    numbers = [part for part in parts if isinstance(part, (int, float))]
+    return sum(numbers) if numbers else None
+
+
+def _verdict(verdict: str, granted: Any, observed: Any, evidence: str) -> dict[str, Any]:
+    return {"verdict": verdict, "granted": granted, "observed": observed, "evidence": evidence}
+
+
+def _unseen(control: str, granted: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    entry = _mapping(_mapping(record.get("enforcement")).get(control))
+    if entry.get("level") == "full":
+        return _verdict("within", granted, None, f"enforced in full by {entry.get('mechanism')}; no counter")
+    return _verdict("not_observable", granted, None, "no counter, and not enforced in full")
+
+
+def _counted(
+    control: str, granted: Any, counters: Mapping[str, Any], kind: str, record: Mapping[str, Any]
+) -> dict[str, Any]:
+    counter, refusals, _ = _COUNTED[control]
+    observed, refused = counters.get(counter), counters.get(refusals) or 0
+    if kind == f"limit:{control}":
+        return _verdict("exceeded", granted, observed, "the limit ended the call")
+    if refused:
+        return _verdict("exceeded", granted, observed, f"{refusals}={refused}")
+    if observed is None:
+        return _unseen(control, granted, record)
+    # CPU, wall time and IO are rates or totals of their own; only a total can be compared with its grant.
+    over = control not in ("cpus", "io") and isinstance(granted, (int, float)) and observed > granted
+    if over:
+        return _verdict("exceeded", granted, observed, f"{counter} is over the grant")
+    return _verdict("within" if observed else "unused", granted, observed, counter)
+
+
+def _network(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    attempts: Sequence[Any] = record.get("network") or []
+    denied = [item for item in attempts if _mapping(item).get("decision") not in ("allow", "allowed", None)]
+    granted = grant.get("mode", "none")
+    if denied or kind == "limit:network":
+        return _verdict("exceeded", granted, len(attempts), f"{len(denied)} of {len(attempts)} attempts denied")
+    if attempts:
+        return _verdict("within", granted, len(attempts), f"{len(attempts)} attempts, all by rule")
+    if granted == "none" or record.get("network") is None:
+        return _unseen("network", granted, record)
+    return _verdict("unused", granted, 0, "no attempt reached the gateway")
+
+
+def _filesystem(grant: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    files = _mapping(record.get("files"))
+    granted = {"read": len(grant.get("read") or ()), "write": len(grant.get("write") or ())}
+    denied, written = files.get("denied") or (), files.get("written")
+    if denied:
+        return _verdict("exceeded", granted, len(denied), f"{len(denied)} accesses denied")
+    if written:
+        return _verdict("within", granted, len(written), f"{len(written)} files written in the workspace")
+    return _unseen("filesystem", granted, record)
