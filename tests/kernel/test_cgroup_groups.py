@@ -184,6 +184,9 @@ sys.stdin.readline()
 @pytest.fixture
 def owner() -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """Another supervisor, with one call running in its tree."""
+    layout = cgroup.detect()
+    if not layout.home and not any(tree.writable for tree in layout.v1.values()):
+        pytest.skip("no cgroup tree is open to us")
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
