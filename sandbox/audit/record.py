@@ -18,6 +18,7 @@ from typing import Any
 from sandbox.audit.attestation import attestation
 from sandbox.audit.canonical import bounded, clean
 from sandbox.audit.entry import SCHEMA
+from sandbox.audit.view import Record as Record
 from sandbox.errors import AuditError
 
 ITEMS_MAX = 500
@@ -25,17 +26,8 @@ NAME_MAX_BYTES = 1024
 MESSAGE_MAX_BYTES = 4096
 CAPTURE_MAX_BYTES = 64 * 1024
 
-FAULTS = ("tool", "caller", "host", "us", "none")
-ENDINGS = (
-    "ok",
-    "tool_error",
-    "denied",
-    "revoked",
-    "killed",
-    "lost",
-    "launch_error",
-    "refused",
-)
+FAULTS = ("tool", "caller", "host", "us")
+ENDINGS = ("ok", "tool_error", "denied", "revoked", "killed", "lost", "launch_error", "refused")  # and limit:NAME
 
 _USAGE: Mapping[str, Any] = dict.fromkeys(
     (
@@ -281,7 +273,7 @@ def _closed_isolation(opened: Mapping[str, Any], closing: Closing) -> dict[str, 
     isolation = {**opened, **closing.isolation}
     # A step may stand in the plan several times (one per mount), so the missing ones are counted, not looked up.
     applied = list(isolation["applied"])
-    missing = []
+    missing = list(opened.get("missing") or ())
     for step in isolation["requested"]:
         if step in applied:
             applied.remove(step)
@@ -291,9 +283,7 @@ def _closed_isolation(opened: Mapping[str, Any], closing: Closing) -> dict[str, 
 
 
 def _limit(limit: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: limit.get(key) for key in ("requested", "applied", "level", "mechanism", "strength", "reason", "source")
-    }
+    return {key: limit.get(key) for key in ("requested", "applied", "level", "mechanism", "strength", "reason")}
 
 
 def _items(
@@ -320,7 +310,7 @@ def _files(files: Mapping[str, Any] | None, left_out: dict[str, int]) -> dict[st
 
 
 def _ending(ending: Mapping[str, Any]) -> dict[str, Any]:
-    kind, fault = str(ending.get("kind")), ending.get("fault") or "none"
+    kind, fault = str(ending.get("kind")), ending.get("fault")
     if (kind not in ENDINGS and not kind.startswith("limit:")) or fault not in FAULTS:
         raise AuditError(f"no such ending: kind {kind!r}, fault {fault!r}")
     return {

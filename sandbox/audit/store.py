@@ -94,6 +94,13 @@ def iter_entries(path: Path) -> Iterator[dict[str, Any]]:
                     continue
 
 
+def entry_lines(state: Path) -> Iterator[bytes]:
+    """The bytes of every entry that ends in a newline, chain after chain, oldest chain first."""
+    for chain in sorted(list_chains(state)):
+        for segment in list_segments(chain):
+            yield from (line for line in read_lines(segment) if line.endswith(b"\n"))
+
+
 def latest(state: Path, limit: int = 0, keep: Callable[[dict[str, Any]], bool] | None = None) -> list[dict[str, Any]]:
     """The `limit` records (0: all) that started last, newest first: each as its last entry.
 

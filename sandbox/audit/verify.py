@@ -14,15 +14,15 @@ The checks, in the order in which each entry meets them; the first that fails ra
     10 head        the chain ends where its `clean` marker says it ended
 
 It needs no privilege, no key and, but for the error type and the names of the format, no other part of the package:
-the bytes come from the rfc8785 library, not from the code that wrote them. What this does not prove is in `docs/record.md`:
-chiefly, a cut at the end of a chain without marker, and a rewrite of all of it by whoever owns the files.
+the bytes come from the rfc8785 library, not from the code that wrote them. What this does not prove is in
+`docs/record.md`: chiefly, a cut at the end of a chain without marker, and a rewrite of all of it by whoever owns it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +180,12 @@ def _canonical(entry: dict[str, Any], where: str, index: int) -> tuple[bytes, by
 
 
 def verify_chain(path: str | Path, *, chain_id: str = "") -> ChainReport:
-    """Check a chain's directory, or one file of entries such as an export of one chain.
+    """Check a chain's directory. `chain_id`: the name it must have; by default the one its first entry gives.
 
-    `chain_id` is the name the chain must have; by default the one its first entry gives.
     Raises ChainBroken for the first entry that fails, AuditError when the files cannot be read.
     """
     path = Path(path)
     walk = _Walk(chain_id)
-    if not path.is_dir():
-        torn = _feed_segments(walk, [path])
-        return _report(walk, path, torn, is_clean=False)
     segments = list_segments(path)
     for number, segment in enumerate(segments, 1):
         if segment.name != segment_name(number):
@@ -244,6 +240,43 @@ def _report(walk: _Walk, path: Path, torn: list[str], *, is_clean: bool) -> Chai
     )
 
 
+def verify_file(path: str | Path) -> list[ChainReport]:
+    """Check a file of entries, such as an export: each chain in it must be there from its first entry on."""
+    path = Path(path)
+    walks: dict[str, _Walk] = {}
+    broken: dict[str, ChainBroken] = {}
+    torn: dict[str, list[str]] = {}
+    chain_id = path.name
+    for line_nr, line in enumerate(read_lines(path), 1):
+        chain_id = _named_chain(line) or chain_id
+        walk = walks.setdefault(chain_id, _Walk(chain_id))
+        where = f"{path.name} line {line_nr}"
+        if not line.endswith(b"\n") and len(line) <= ENTRY_MAX_BYTES:
+            torn.setdefault(chain_id, []).append(f"{where} ({len(line)} bytes, not ended)")
+            break
+        if chain_id in broken:
+            continue
+        try:
+            walk.feed(line, where)
+        except ChainBroken as err:
+            broken[chain_id] = err
+    return [
+        replace(_report(walk, path, torn.get(name, []), is_clean=False), broken=broken.get(name))
+        for name, walk in walks.items()
+    ]
+
+
+def _named_chain(line: bytes) -> str:
+    """The chain that a line says it belongs to; nothing when it does not parse, which `feed` then reports."""
+    try:
+        entry = parse(line)
+    except ValueError:
+        return ""
+    integrity = entry.get("integrity")
+    chain = integrity.get("chain") if isinstance(integrity, dict) else None
+    return chain if isinstance(chain, str) else ""
+
+
 def verify_state(state: str | Path) -> list[ChainReport]:
     """Check every chain under a state directory; a broken one has `broken` set, the others are still checked."""
     chains = Path(state) / "chains"
@@ -260,7 +293,10 @@ def verify_paths(paths: Iterable[str | Path]) -> list[ChainReport]:
     for path in map(Path, paths):
         if not path.exists():
             raise AuditError(f"there is nothing to verify at {path}")
-        reports.extend(verify_state(path) if (path / "chains").is_dir() else [_checked(path)])
+        if not path.is_dir():
+            reports.extend(verify_file(path))
+        else:
+            reports.extend(verify_state(path) if (path / "chains").is_dir() else [_checked(path)])
     return reports
 
 
