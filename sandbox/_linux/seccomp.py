@@ -52,7 +52,7 @@ _libc.syscall.restype = ctypes.c_long
 class _Program(ctypes.Structure):
     """struct sock_fprog"""
 
-    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # noqa: RUF012 - ctypes wants a plain list
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
 def install(
@@ -128,7 +128,7 @@ def _call(name: str, operation: int, flags: int, argument: object) -> int:
 class _Version(ctypes.Structure):
     """struct scmp_version"""
 
-    _fields_ = [(name, ctypes.c_uint) for name in ("major", "minor", "micro")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_uint) for name in ("major", "minor", "micro")]
 
 
 def libseccomp_version() -> str:

@@ -1,4 +1,4 @@
-"""Classic BPF as seccomp uses it: decode, link and simulate programs. Pure; makes no system call.
+"""Classic BPF as seccomp uses it: decode, encode, simulate and list programs. Pure; makes no system call.
 
 A program is an array of `struct sock_filter { u16 code; u8 jt, jf; u32 k; }`, little endian, over `struct
 seccomp_data { int nr; u32 arch; u64 instruction_pointer; u64 args[6]; }`. Jumps only go forward, so every program
@@ -52,8 +52,13 @@ def action_name(value: int) -> str:
 
 
 def marker(index: int) -> int:
-    """A return value that stands for "go on with part `index`" until `link` has replaced it. Never installed."""
+    """A return value that stands for "go on with part `index`" until `link` has resolved it. Never installed."""
     return _TRACE | index
+
+
+def marker_index(value: int) -> int | None:
+    """The part that a marker names, or None for any other return value."""
+    return value & 0xFFFF if value & 0xFFFF_0000 == _TRACE else None
 
 
 def decode(program: bytes) -> list[Instruction]:
@@ -83,39 +88,6 @@ def _targets(at: int, instruction: Instruction) -> tuple[int, ...]:
     if instruction.code in _BRANCHES:
         return (at + 1 + instruction.jt, at + 1 + instruction.jf)
     return (at + 1,)
-
-
-def link(parts: Sequence[bytes]) -> bytes:
-    """Join programs into one: `RET marker(i)` becomes a jump to the start of part `i`.
-
-    A marker may only name a later part, because BPF jumps go forward. Raises ValueError otherwise.
-    """
-    starts: list[int] = []
-    code: list[Instruction] = []
-    for part in parts:
-        starts.append(len(code))
-        code += decode(part)
-    for at, instruction in enumerate(code):
-        if instruction.code == RET and instruction.k & 0xFFFF_0000 == _TRACE:
-            index = instruction.k & 0xFFFF
-            if index >= len(starts) or starts[index] <= at:
-                raise ValueError(f"instruction {at}: part {index} does not lie ahead")
-            code[at] = Instruction(JA, 0, 0, starts[index] - at - 1)
-    program = encode(code)
-    decode(program)
-    return program
-
-
-def retarget(program: bytes, old_arch: int, new_arch: int) -> bytes:
-    """Replace the architecture that a program checks for. The numbers in it must be the new one's already."""
-    code = decode(program)
-    loaded = -1
-    for at, instruction in enumerate(code):
-        if instruction.code == LD_ABS:
-            loaded = instruction.k
-        elif instruction.code == JEQ and loaded == OFFSET_ARCH and instruction.k == old_arch:
-            code[at] = instruction._replace(k=new_arch)
-    return encode(code)
 
 
 class Verdict(NamedTuple):
@@ -148,10 +120,11 @@ def simulate(program: Sequence[Instruction], arch: int, nr: int, args: Sequence[
         elif code == JA:
             at += k
         else:
-            at += jt if _holds(code, accumulator, k) else jf
+            at += jt if holds(code, accumulator, k) else jf
 
 
-def _holds(code: int, accumulator: int, k: int) -> bool:
+def holds(code: int, accumulator: int, k: int) -> bool:
+    """Whether a branch is taken."""
     if code == JEQ:
         return accumulator == k
     if code == JGT:

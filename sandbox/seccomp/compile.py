@@ -1,9 +1,12 @@
 """A policy becomes the BPF program that the kernel runs: compiled by libseccomp, kept on disk by digest.
 
-libseccomp builds one part per decision and `bpf.link` joins them. Part 0 is a binary tree over all call numbers. A
-call whose arguments matter ends there in a marker, which becomes a jump to that call's own part. So each call has its
-own "else" answer (a libseccomp filter has one for everything), and paths stay short. Every program is then simulated
-against the policy before anyone gets it: a bug in whatever libseccomp is installed cannot weaken a filter in silence.
+libseccomp builds one part per decision: part 0 is a binary tree over all call numbers, and a call whose arguments
+matter ends there in a marker that names its own part. So each call has its own "else" answer, where a libseccomp
+filter has one for everything. `link` makes one short program of them. Every program is then simulated against the
+policy before anyone gets it: a bug in whatever libseccomp is installed cannot weaken a filter in silence.
+
+Our own numbers go in as if they were this machine's: libseccomp would translate foreign ones by its table of names,
+which ends years before ours. `link` writes the check of the architecture, so a filter for arm64 can be made anywhere.
 
 Runs in the supervisor, never in a jail. A cache hit asks libseccomp for its version and does not load pyseccomp.
 Source: seccomp(2), seccomp_init(3), seccomp_attr_set(3), seccomp_rule_add(3), seccomp_export_bpf(3).
@@ -25,6 +28,7 @@ from sandbox._linux import seccomp as linux_seccomp
 from sandbox.errors import InternalError, LauncherUnavailable
 from sandbox.seccomp import bpf
 from sandbox.seccomp import policy as policies
+from sandbox.seccomp.link import Target, link
 from sandbox.seccomp.numbers import AUDIT_ARCH, NUMBERS, X32_BIT
 
 # Part of the cache key: raise it whenever the same policy compiles to other bytes.
@@ -66,7 +70,6 @@ def program(spec: Mapping[str, Any], *, arch: str = "", cache_dir: Path | None =
 def compile_policy(policy: Mapping[str, Any], arch: str) -> bytes:
     """Compile and verify, without the cache."""
     library = _library()
-    native = _native_arch(library, arch)
     queue: list[tuple[int, policies.Guard]] = []
 
     def answer(nr: int, then: str | policies.Guard, queued: int) -> int:
@@ -88,7 +91,15 @@ def compile_policy(policy: Mapping[str, Any], arch: str) -> bytes:
     for at, (nr, guard) in enumerate(queue):
         rules = [(answer(nr, rule["then"], at + 1), nr, rule["when"]) for rule in guard["rules"]]
         parts.append(build(rules, guard["else"]))
-    linked = bpf.retarget(bpf.link(parts), AUDIT_ARCH[native], AUDIT_ARCH[arch])
+    target = Target(
+        compiled_for=library.system_arch(),
+        arch=AUDIT_ARCH[arch],
+        has_x32=arch == "x86_64",
+        highest=max(numbers.values()),
+        foreign=bpf.return_value(policy["foreign_abi"]),
+        unknown=bpf.return_value(policy["unknown"]),
+    )
+    linked = link(parts, target)
     verify(linked, policy, arch)
     return linked
 
@@ -106,20 +117,6 @@ def _library() -> Any:
             f"cannot compile a seccomp filter: {error}", step="seccomp", hint=_NO_LIBRARY
         ) from error
     return pyseccomp
-
-
-def _native_arch(library: Any, arch: str) -> str:
-    """The architecture that libseccomp compiles for here.
-
-    It translates foreign numbers by its own table of names, which ends years before ours. So we compile our numbers as
-    if they were native and change the architecture check afterwards. Only the check for x32 comes with the host: a
-    filter for x86-64 needs an x86-64 host, one for arm64 can be made on both.
-    """
-    token = library.system_arch()
-    native = next((name for name, value in AUDIT_ARCH.items() if value == token), "")
-    if not native or (arch == "x86_64" and native != arch):
-        raise LauncherUnavailable(f"libseccomp here compiles for {token:#x}, not for {arch}", step="seccomp")
-    return native
 
 
 def _build(library: Any, rules: Iterable[_Rule], otherwise: int, foreign: int) -> bytes:
@@ -173,7 +170,7 @@ def _compare(code: Sequence[bpf.Instruction], token: int, nr: int, args: Sequenc
 
 
 def _samples(then: str | policies.Guard) -> Iterator[tuple[int, ...]]:
-    """Arguments worth trying: each value that a guard names, its neighbours in one bit, each with a dirty upper half."""
+    """Arguments worth trying: the values a guard names, their neighbours by one bit, and all with a dirty top half."""
     if isinstance(then, str):
         yield (0,) * 6
         yield (0xFFFF_FFFF_FFFF_FFFF,) * 6

@@ -107,13 +107,11 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 
 # Answered with ENOSYS, as by a kernel without them, so that libraries take the older way, which can be checked:
 # clone3 and openat2 pass their flags and modes in memory, where a filter cannot look. The rest is obsolete.
-ABSENT: tuple[str, ...] = tuple(
-    """
+ABSENT: str = """
     clone3 openat2 statmount listmount listns lsm_get_self_attr lsm_set_self_attr lsm_list_modules file_getattr
     file_setattr modify_ldt set_thread_area get_thread_area uselib ustat sysfs _sysctl create_module get_kernel_syms
     query_module nfsservctl getpmsg putpmsg afs_syscall tuxcall security vserver epoll_ctl_old epoll_wait_old
-    """.split()
-)
+"""
 
 CLONE_NEW_FLAGS = 0x7E02_0000  # CLONE_NEWNS|CGROUP|UTS|IPC|USER|PID|NET; NEWTIME collides with the exit signal here
 SET_ID_BITS = 0o6000  # S_ISUID | S_ISGID
@@ -212,7 +210,7 @@ def default_policy(*, deny_set_affinity: bool = False) -> dict[str, Any]:
     """The policy of a call. `deny_set_affinity` keeps the call on the cores that were chosen for it."""
     calls: dict[str, Any] = {name: "allow" for names in ALLOWED.values() for name in names.split()}
     calls.update((name, "EPERM") for _, names in REFUSED.values() for name in names.split())
-    calls.update((name, "ENOSYS") for name in ABSENT)
+    calls.update((name, "ENOSYS") for name in ABSENT.split())
     calls.update(_guards())
     if deny_set_affinity:
         calls["sched_setaffinity"] = "EPERM"
@@ -270,4 +268,4 @@ def refusal_reason(name: str) -> str:
     for reason, names in REFUSED.values():
         if name in names.split():
             return reason
-    return "answered as by a kernel without it" if name in ABSENT else ""
+    return "answered as by a kernel without it" if name in ABSENT.split() else ""
