@@ -37,7 +37,7 @@ class Origin:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{place} {self.key}" if self.key else place
+        return f"{place} {self.key}".strip()
 
     @property
     def is_file(self) -> bool:
@@ -247,7 +247,7 @@ def find_origin(layer: Layer, key: str, entry: str = "") -> Origin:
     else:
         items = layer.items(key)
         found = [item.origin for item in items if not entry or item.value == entry]
-        origin = found[-1] if found else Origin("", key)
+        origin = found[-1] if found else Origin("default")
     return origin if origin.key else Origin(origin.file, key)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Protocol
 
 _KEY = r"(?:[A-Za-z0-9_-]+|\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*')"
 _HEADER = re.compile(rf"\s*\[\[?\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]")
@@ -18,13 +17,6 @@ _TOKEN = re.compile(
     r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]', re.DOTALL
 )
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]')
-
-
-class Lines(Protocol):
-    """Where keys stand in a text."""
-
-    def line(self, path: tuple[str, ...], entry: str = "") -> int:
-        """The 1-based line of a key, or of one string entry in its list; 0: not known."""
 
 
 class KeyLines:
@@ -50,13 +42,6 @@ class KeyLines:
             if f'"{entry}"' in text or f"'{entry}'" in text:
                 return number
         return first
-
-
-class NoLines:
-    """For what was never a file."""
-
-    def line(self, path: tuple[str, ...], entry: str = "") -> int:
-        return 0
 
 
 def toml_lines(text: str) -> KeyLines:
@@ -114,13 +99,13 @@ def _scan_json(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
     for i, match in enumerate(tokens):
         line += text.count("\n", seen, match.start())
         seen = match.start()
-        token = match.group()
-        if token in "{[":
-            objects.append(token == "{")
+        mark = match.group()
+        if mark in "{[":
+            objects.append(mark == "{")
             path.append("")
-        elif token in "}]" and objects:
+        elif mark in "}]" and objects:
             objects.pop()
             path.pop()
         elif objects and objects[-1] and i + 1 < len(tokens) and tokens[i + 1].group() == ":":
-            path[-1] = token[1:-1]
+            path[-1] = mark[1:-1]
             yield tuple(part for part in path if part), line
