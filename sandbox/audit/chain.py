@@ -32,10 +32,11 @@ Durability = Literal["flush", "fsync"]
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """Where an entry stands: its sequence number and its hash (hex)."""
+    """Where an entry stands: its sequence number and its hash (hex). `line`: its bytes, as they were stored."""
 
     seq: int
     hash: str
+    line: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Chain:
                     raise AuditError(f"an entry of {len(line)} bytes is over the limit of {ENTRY_MAX_BYTES}")
                 seq += 1
                 lines.append(line)
-                appended.append(Appended(seq, head))
+                appended.append(Appended(seq, head, line))
             try:
                 self._write(b"".join(lines))
             except OSError as err:

@@ -2,8 +2,9 @@
 
 A closed entry repeats what its opened one said and adds what was seen, so that it is the whole record by itself.
 Every field of a group is there in every record; `null` means that nobody knows. Content that the tool chose
-is bounded here (`truncated` counts what was left out) and made storable by `canonical`. Values of environment
-variables are left out everywhere; arguments, output and results are digests unless the manifest captures them.
+is bounded here (`truncated` counts what was left out); appending makes it storable (see `canonical.clean`). Values of
+environment variables are left out everywhere; arguments, output and results are digests unless the manifest
+captures them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from sandbox.audit.attestation import attestation
-from sandbox.audit.canonical import bounded, clean
+from sandbox.audit.canonical import bounded
 from sandbox.audit.entry import SCHEMA
 from sandbox.audit.view import Record as Record
 from sandbox.errors import AuditError
@@ -120,8 +120,8 @@ def uuid7(time_ns: int, entropy: bytes) -> str:
 
 def rfc3339(time_ns: int) -> str:
     """UTC with microseconds and a Z: as text it sorts like the time."""
-    moment = datetime.fromtimestamp(time_ns // 1_000_000_000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{time_ns // 1000 % 1_000_000:06d}Z"
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ns // 1_000_000_000))
+    return f"{seconds}.{time_ns // 1000 % 1_000_000:06d}Z"
 
 
 def opened_record(opening: Opening) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def opened_record(opening: Opening) -> dict[str, Any]:
     call, plan, manifest = opening.call, opening.plan or {}, opening.policy.get("manifest") or {}
     captures = _captures(manifest)
     left_out: dict[str, int] = {}
-    record = {
+    return {
         "schema": SCHEMA,
         "record_id": opening.record_id,
         "call_id": opening.call_id,
@@ -153,8 +153,6 @@ def opened_record(opening: Opening) -> dict[str, Any]:
         "truncated": left_out,
         "producer": {"name": "toolcall-sandbox", "version": opening.producer_version},
     }
-    cleaned: dict[str, Any] = clean(record)
-    return cleaned
 
 
 def closed_record(opened: Mapping[str, Any], closing: Closing) -> dict[str, Any]:
@@ -175,8 +173,7 @@ def closed_record(opened: Mapping[str, Any], closing: Closing) -> dict[str, Any]
     record["output"] = _output(closing, _captures(manifest))
     record["truncated"] = left_out
     record["attestation"] = attestation(manifest, record)
-    cleaned: dict[str, Any] = clean(record)
-    return cleaned
+    return record
 
 
 def lost_record(opened: Mapping[str, Any], facts: RecoveryFacts) -> dict[str, Any]:
