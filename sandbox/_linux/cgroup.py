@@ -29,7 +29,20 @@ from sandbox._linux.cgroup_files import (
 )
 from sandbox._linux.cgroup_layout import CONTROLS, V1_NAMES, Hierarchy, Home, Layout, detect
 
-__all__ = ["PREFIX", "CallGroup", "Hierarchy", "Home", "Layout", "Tree", "block_device", "detect", "owner_name", "reap"]
+__all__ = [
+    "CONTROLS",
+    "PREFIX",
+    "CallGroup",
+    "Hierarchy",
+    "Home",
+    "Layout",
+    "Tree",
+    "block_device",
+    "child_groups",
+    "detect",
+    "owner_name",
+    "reap",
+]
 
 PREFIX = "toolcall-sandbox-"
 # The key of `limits` that belongs to each control.
@@ -73,7 +86,10 @@ class CallGroup:
             write_value(path, pid)
 
     def apply(self, limits: dict[str, float | int], io_devices: list[str] | None = None) -> None:
-        """Write the limits. Raises OSError naming the file, or ENOTSUP naming the control that has no controller."""
+        """Write the limits. Raises OSError naming the file that refused.
+
+        ENOTSUP: no controller here limits that control. ENODEV: an io limit without a disk to hold it.
+        """
         v1_limits, v2_limits = {}, {}
         for control, key in LIMIT_KEYS.items():
             if key not in limits:
@@ -84,6 +100,8 @@ class CallGroup:
                 v2_limits[key] = limits[key]
             else:
                 raise OSError(errno.ENOTSUP, f"no cgroup controller here limits {control}", self.name)
+        if "io_bytes_per_s" in limits and not io_devices:
+            raise OSError(errno.ENODEV, "an io limit is kept per disk, and no disk is behind these paths", self.name)
         cgroup_v2.apply_limits(self.v2, v2_limits, io_devices or [])
         cgroup_v1.apply_limits(self.v1, v1_limits, io_devices or [])
 

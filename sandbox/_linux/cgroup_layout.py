@@ -222,7 +222,8 @@ def is_ours(directory: str, pids: list[int]) -> bool:
 
 
 def _is_delegated(directory: str) -> bool:
-    # systemd sets trusted.delegate (readable with CAP_SYS_ADMIN) and, since version 251, user.delegate.
+    # systemd sets trusted.delegate, which takes CAP_SYS_ADMIN to read, and newer versions user.delegate too. Where
+    # neither can be seen, the parent slice of a user's scope usually serves as home instead.
     for name in ("user.delegate", "trusted.delegate"):
         try:
             if os.getxattr(directory, name) == b"1":

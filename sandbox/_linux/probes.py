@@ -1,0 +1,250 @@
+"""Try what the kernel lets us do, in forked children that throw everything away.
+
+One child C forks G, which leaves for a user namespace of its own, mapped as a jail's is: to an unprivileged host uid
+when we are root, else to our own. G tries the other namespaces and mounts, its child H (pid 1 of a new pid namespace)
+mounts /proc and counts tasks. Results are plain data: for each feature 0 (works) or the errno of the refusal.
+Call from single-threaded processes only. Nothing here changes the host.
+Source: namespaces(7), user_namespaces(7), landlock(7), seccomp(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import signal
+import time
+
+from sandbox._linux import mounts, process, syscalls
+
+JAIL_ID = 1000
+UNPRIVILEGED_ID = 65534
+NAMESPACES = {
+    "mount": syscalls.CLONE_NEWNS,
+    "net": syscalls.CLONE_NEWNET,
+    "ipc": syscalls.CLONE_NEWIPC,
+    "uts": syscalls.CLONE_NEWUTS,
+    "cgroup": syscalls.CLONE_NEWCGROUP,
+    "pid": syscalls.CLONE_NEWPID,
+}
+_NR_LANDLOCK_CREATE_RULESET = 444
+_NR_PIDFD_OPEN = 434
+_LANDLOCK_VERSION = 1
+_TASKS = 6
+# Any directory will do to cover with a tmpfs in a mount namespace of our own.
+_PLACES = ("/tmp", "/var/tmp", "/mnt", "/run")  # noqa: S108
+# With no answer in this time the host is in trouble; the child is killed and every feature counts as missing.
+_TIMEOUT_S = 10.0
+
+
+def landlock_abi() -> int:
+    """The Landlock ABI version, 0 when the kernel has none or has it switched off."""
+    try:
+        return syscalls.call("landlock_create_ruleset", _NR_LANDLOCK_CREATE_RULESET, 0, 0, _LANDLOCK_VERSION)
+    except OSError:
+        return 0
+
+
+def system_calls() -> dict[str, bool]:
+    """Which newer system calls exist and are not filtered away: each is asked something it must refuse as invalid."""
+    questions: dict[str, tuple[int, ...]] = {
+        "pidfd_open": (_NR_PIDFD_OPEN, -1, 0),
+        "clone3": (syscalls.NR_CLONE3, 0, 0),
+        "close_range": (syscalls.NR_CLOSE_RANGE, 2, 1, 0),
+        "openat2": (syscalls.NR_OPENAT2, syscalls.AT_FDCWD, 0, 0, 0),
+        "mount_setattr": (syscalls.NR_MOUNT_SETATTR, -1, 0, 0, 0, 0),
+        # An unknown operation: EOPNOTSUPP where there are keyrings.
+        "keyctl": (syscalls.number("keyctl"), 0x7FFF, 0, 0, 0, 0),
+    }
+    return {name: _exists(name, *question) for name, question in questions.items()}
+
+
+def _exists(name: str, nr: int, *args: int) -> bool:
+    try:
+        syscalls.call(name, nr, *args)
+    except OSError as err:
+        return err.errno not in (errno.ENOSYS, errno.EPERM)
+    return True
+
+
+def try_features(*, as_root: bool) -> dict[str, object]:
+    """Run the trials. A trial that could not be reached is absent.
+
+    0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `proc`, `nproc`, `idmap` (root only).
+    `libseccomp` is a version or empty, `nvml` says whether the library loads.
+    """
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _run_child(write_fd, as_root=as_root)
+    os.close(write_fd)
+    try:
+        answer = _read_all(read_fd, _TIMEOUT_S)
+    finally:
+        os.close(read_fd)
+        # C's death takes G with it (death signal), and G's takes H.
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    results: dict[str, object] = {}
+    for line in answer.splitlines():
+        results.update(json.loads(line))
+    return results
+
+
+def _read_all(fd: int, timeout_s: float) -> bytes:
+    """Everything until the last writer closes, or as much as came in time; whole lines only."""
+    chunks = b""
+    deadline = time.monotonic() + timeout_s
+    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(fd, 1 << 16)
+        if not chunk:
+            break
+        chunks += chunk
+    return chunks[: chunks.rfind(b"\n") + 1]
+
+
+def _say(fd: int, key: str, value: object) -> None:
+    os.write(fd, json.dumps({key: value}).encode() + b"\n")
+
+
+def _attempt(fd: int, key: str, action: object, *args: object) -> bool:
+    """Do `action` and report its errno."""
+    code = 0
+    try:
+        action(*args)  # type: ignore[operator]
+    except OSError as err:
+        code = err.errno or errno.EIO
+    _say(fd, key, code)
+    return code == 0
+
+
+def _run_child(write_fd: int, *, as_root: bool) -> None:
+    """C: prepares the maps of G from outside, as the zygote does, and looks for libraries meanwhile. Never returns."""
+    try:
+        process.die_with_parent()
+        ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
+        mapped_read, mapped_write = os.pipe2(os.O_CLOEXEC)
+        child = os.fork()
+        if child == 0:
+            os.close(ready_read)
+            os.close(mapped_write)
+            _run_inside(write_fd, ready_write, mapped_read)
+        os.close(ready_write)
+        os.close(mapped_read)
+        _say(write_fd, "libseccomp", _libseccomp_version())
+        _say(write_fd, "nvml", _loads("libnvidia-ml.so.1"))
+        if os.read(ready_read, 1) and _attempt(write_fd, "uid_map", _write_maps, child, as_root):
+            if as_root:
+                _attempt(write_fd, "idmap", _try_idmap, child)
+            os.write(mapped_write, b"1")
+        os.close(mapped_write)
+        os.waitpid(child, 0)
+    finally:
+        os._exit(0)
+
+
+def _write_maps(pid: int, as_root: bool) -> None:
+    uid, gid = (UNPRIVILEGED_ID, UNPRIVILEGED_ID) if as_root else (os.geteuid(), os.getegid())
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{JAIL_ID} {uid} 1"),
+        ("gid_map", f"{JAIL_ID} {gid} 1"),
+    ):
+        fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+
+def _try_idmap(pid: int) -> None:
+    userns_fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    root_fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    tree_fd = mounts.clone_tree(root_fd, recursive=False)
+    mounts.set_attributes(tree_fd, 0, userns_fd=userns_fd, recursive=False)
+
+
+def _run_inside(write_fd: int, ready_write: int, mapped_read: int) -> None:
+    """G: tries everything from inside the user namespace. Never returns."""
+    try:
+        process.die_with_parent()
+        if not _attempt(write_fd, "user", syscalls.unshare, syscalls.CLONE_NEWUSER):
+            return
+        os.write(ready_write, b"1")
+        if not os.read(mapped_read, 1):
+            return
+        # The full set of capabilities in the new namespace survives this only because neither uid was 0 inside.
+        os.setresgid(JAIL_ID, JAIL_ID, JAIL_ID)
+        os.setresuid(JAIL_ID, JAIL_ID, JAIL_ID)
+        process.die_with_parent()  # a change of uid clears it
+        works = {name: _attempt(write_fd, name, syscalls.unshare, flag) for name, flag in NAMESPACES.items()}
+        if works["mount"]:
+            mounts.make_private()
+            place = next((name for name in _PLACES if os.path.isdir(name)), "/")
+            if _attempt(write_fd, "tmpfs", mounts.mount, "tmpfs", place, "tmpfs", 0, "size=64k"):
+                os.chdir(place)
+                _try_overlay(write_fd)
+        if works["pid"]:
+            child = os.fork()
+            if child == 0:
+                _run_as_init(write_fd)
+            os.waitpid(child, 0)
+    finally:
+        os._exit(0)
+
+
+def _try_overlay(write_fd: int) -> None:
+    for name in ("lower", "upper", "work", "merged", "proc"):
+        os.mkdir(name)
+    options = "lowerdir=lower,upperdir=upper,workdir=work,userxattr"
+    _attempt(write_fd, "overlay", mounts.mount, "overlay", "merged", "overlay", 0, options)
+
+
+def _run_as_init(write_fd: int) -> None:
+    """H: pid 1 of the new pid namespace; its end takes the tasks that it started. Never returns."""
+    try:
+        process.die_with_parent()
+        if os.path.isdir("merged"):
+            _attempt(write_fd, "proc", mounts.mount, "proc", "proc", "proc")
+        _say(write_fd, "nproc", _try_nproc())
+    finally:
+        os._exit(0)
+
+
+def _try_nproc() -> int:
+    """0 when RLIMIT_NPROC held us to its number, counted in our user namespace alone."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (_TASKS, _TASKS))
+    for started in range(_TASKS + 2):
+        try:
+            if os.fork() == 0:
+                signal.pause()
+                os._exit(0)
+        except OSError as err:
+            # Refused at once: the count includes the uid's tasks outside, so the limit cannot be used per jail.
+            return 0 if started > 1 else err.errno or errno.EAGAIN
+    return errno.EOPNOTSUPP
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [("major", ctypes.c_uint), ("minor", ctypes.c_uint), ("micro", ctypes.c_uint)]
+
+
+def _libseccomp_version() -> str:
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        return ""
+    library.seccomp_version.restype = ctypes.POINTER(_Version)
+    version = library.seccomp_version().contents
+    return f"{version.major}.{version.minor}.{version.micro}"
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,109 @@
+"""`sandbox doctor`: what this host can enforce, why not, and the command that would change it.
+
+Exit status 0 when a call can run with full enforcement of everything that every call asks for, 1 when not (io limits
+and Landlock are shown, but do not count: few calls ask for the one, the other is a second wall), 125 when the host
+could not be looked at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sandbox.host import Control, HostFacts
+
+FAILED = 125
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="doctor")(doctor)
+
+
+def doctor(
+    *, json_output: Annotated[bool, typer.Option("--json", help="Facts and controls as one JSON object.")] = False
+) -> None:
+    """Show what this host can enforce, what is missing and how to get it.
+
+    Exit status: 0 calls run fully enforced, 1 something that every call asks for is missing, 125 the look failed.
+    """
+    import json
+    import subprocess
+
+    from sandbox import host
+
+    try:
+        facts = host.probe_apart()
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as err:
+        typer.echo(f"sandbox doctor: {err}", err=True)
+        raise typer.Exit(FAILED) from None
+    table = host.controls(facts)
+    short = [name for name in host.EVERY_CALL if table[name].level != "full"]
+    if json_output:
+        typer.echo(json.dumps(_as_json(facts, table, short), indent=2))
+    else:
+        _show(facts, table, short)
+    raise typer.Exit(1 if short else 0)
+
+
+def _as_json(facts: HostFacts, table: dict[str, Control], short: list[str]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "full": not short,
+        "missing": short,
+        "controls": {name: asdict(control) for name, control in table.items()},
+        "host": facts.to_json(),
+    }
+
+
+def _show(facts: HostFacts, table: dict[str, Control], short: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for label, text in _summary(facts):
+        console.print(Text(f"{label:<16}", style="bold").append(text, style="not bold"), soft_wrap=True)
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("control", "holds", "by"):
+        grid.add_column(heading, overflow="fold")
+    styles = {"full": "green", "partial": "yellow", "none": "red"}
+    for name, control in table.items():
+        strength = " (polled)" if control.strength == "polled" else ""
+        grid.add_row(name, Text(control.level, style=styles[control.level]), control.mechanism + strength or "-")
+    console.print()
+    console.print(grid)
+    for name, control in table.items():
+        if control.level != "full":
+            console.print()
+            console.print(Text(f"{name}: ", style=styles[control.level]).append(control.reason), soft_wrap=True)
+            if control.fix:
+                # A command to copy: never wrapped by us.
+                console.print(Text(f"  fix: {control.fix}"), soft_wrap=True)
+    console.print()
+    verdict = f"not fully enforced here: {', '.join(short)}" if short else "calls run fully enforced on this host"
+    console.print(Text(verdict, style="red" if short else "green"), soft_wrap=True)
+
+
+def _summary(facts: HostFacts) -> list[tuple[str, str]]:
+    who = "root" if facts.is_root_like else f"uid {facts.uid}"
+    where = f", in a container ({facts.container})" if facts.container else ""
+    gpu = f"{len(facts.gpu_devices)} device nodes" if facts.gpu_devices else "no device nodes"
+    return [
+        ("host", f"Linux {facts.kernel} {facts.machine}, Python {facts.python}, as {who}{where}"),
+        ("machine", f"{facts.cpu_count} cores, {facts.memory_bytes >> 20} MiB, swap {facts.swap_bytes >> 20} MiB"),
+        ("cgroups", _cgroups(facts)),
+        ("user namespaces", "work" if facts.user_namespaces.ok else facts.user_namespaces.reason),
+        ("overlay", "works in user namespaces" if facts.overlay_in_userns.ok else facts.overlay_in_userns.reason),
+        ("seccomp", f"libseccomp {facts.libseccomp or 'missing'}, actions {' '.join(facts.seccomp_actions) or 'none'}"),
+        ("landlock", f"ABI {facts.landlock_abi}" if facts.landlock_abi else "none"),
+        ("gpu", f"{gpu}, NVML {'loads' if facts.gpu_library else 'not there'}"),
+    ]
+
+
+def _cgroups(facts: HostFacts) -> str:
+    held = [f"{name} {control.where}" for name, control in facts.cgroups.items() if control.where]
+    text = ", ".join(held) if held else "nothing open to us"
+    return f"{facts.cgroup_kind}: {text}" + (f" below {facts.cgroup_path}" if held else "")
