@@ -106,4 +106,4 @@ def _summary(facts: HostFacts) -> list[tuple[str, str]]:
 def _cgroups(facts: HostFacts) -> str:
     held = [f"{name} {control.where}" for name, control in facts.cgroups.items() if control.where]
     text = ", ".join(held) if held else "nothing open to us"
-    return f"{facts.cgroup_kind}: {text}" + (f" below {facts.cgroup_path}" if held else "")
+    return f"{facts.cgroup_kind}: {text}" + (f"; ours go below {facts.cgroup_path}" if facts.cgroup_path else "")

@@ -191,9 +191,11 @@ def _nproc(results: dict[str, object], userns: Feature) -> Feature:
 
 
 def _own_path(layout: cgroup.Layout) -> str:
+    """The group below which ours go: the v2 one where there is one, else that of the v1 memory tree."""
     if layout.home:
         return layout.home.path
-    return next((tree.own for tree in layout.v1.values()), "")
+    tree = layout.v1.get("memory") or next(iter(layout.v1.values()), None)
+    return tree.own if tree and tree.writable else ""
 
 
 def _cgroup_control(layout: cgroup.Layout, name: str) -> CgroupControl:

@@ -184,6 +184,8 @@ def _no_cgroup(name: str, facts: HostFacts) -> tuple[str, str]:
     reason = control.reason if control else "cgroups were not looked at"
     if facts.systemd_user.ok:
         return reason, "systemd-run --user --scope -p Delegate=yes -- COMMAND"
+    if facts.uid != 0 and facts.cgroup_kind in ("v1", "hybrid"):
+        return reason, facts.systemd_user.fix or "run as root: version 1 groups are not delegated to users"
     if facts.container:
         return reason, "give the container its own writable cgroup tree (docker: --privileged --cgroupns=private)"
     if not facts.is_root_like:

@@ -1,0 +1,73 @@
+"""`sandbox doctor` tells people and programs the same, and its exit status says whether calls run fully enforced."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from sandbox import host
+from sandbox.cli import doctor
+from tests.unit.test_host_table import FULL, ORDINARY
+
+
+def run(monkeypatch: pytest.MonkeyPatch, facts: host.HostFacts | Exception, *args: str):
+    def probe_apart() -> host.HostFacts:
+        if isinstance(facts, Exception):
+            raise facts
+        return facts
+
+    monkeypatch.setattr(host, "probe_apart", probe_apart)
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    doctor.register(app)
+    return CliRunner().invoke(app, ["doctor", *args])
+
+
+def test_full_enforcement_exits_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(monkeypatch, FULL)
+    assert result.exit_code == 0, result.output
+    assert "calls run fully enforced on this host" in result.output
+
+
+def test_a_missing_control_exits_1_with_reason_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(monkeypatch, replace(ORDINARY, systemd_user=host.Feature(True)))
+    assert result.exit_code == 1
+    assert "memory: not ours" in result.output
+    assert "fix: systemd-run --user --scope -p Delegate=yes -- COMMAND" in result.output
+    assert "not fully enforced here: memory, cpus, cpu_time" in result.output
+
+
+def test_controls_that_few_calls_ask_for_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    less = {**FULL.cgroups, "io": host.CgroupControl("", "no io here")}
+    result = run(monkeypatch, replace(FULL, cgroups=less, landlock_abi=0))
+    assert result.exit_code == 0
+    assert "no io here" in result.output
+
+
+def test_json_carries_facts_and_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(monkeypatch, ORDINARY, "--json")
+    assert result.exit_code == 1
+    data = json.loads(result.output)
+    assert data["full"] is False
+    assert data["missing"] == ["memory", "cpus", "cpu_time"]
+    assert data["controls"]["pids"]["level"] == "full"
+    assert set(data["controls"]) == set(host.CONTROL_NAMES)
+    assert host.HostFacts.from_json(data["host"]) == ORDINARY
+
+
+def test_a_failed_look_exits_125(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(monkeypatch, RuntimeError("the host could not be probed: boom"))
+    assert result.exit_code == 125
+    assert "boom" in result.output
+
+
+def test_the_summary_names_a_block_on_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = replace(FULL, user_namespaces=host.Feature(False, "user.max_user_namespaces is 0", "sudo sysctl"))
+    result = run(monkeypatch, blocked)
+    assert result.exit_code == 1
+    assert "user.max_user_namespaces is 0" in result.output
+    assert "fix: sudo sysctl" in result.output
