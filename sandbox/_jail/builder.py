@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import signal
 
-from sandbox._jail import pid1, view, wire
+from sandbox._jail import pid1, view
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
-from sandbox._linux import process, syscalls
+from sandbox._linux import process, syscalls, wire
 
 
 def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:

@@ -300,7 +300,9 @@ def _write_dict(tree: _Tree, value: Any) -> Any:
 
 
 def _short(key: Any) -> str:
-    text = repr(key) if type(key) in (str, int, float, bool, bytes) else type_name(type(key))
+    # repr of an int of over 4300 digits raises; of a long text it is only long.
+    large = type(key) is int and not -INLINE_INT < key < INLINE_INT
+    text = repr(key) if type(key) in (str, int, float, bool, bytes) and not large else type_name(type(key))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -408,8 +410,7 @@ def _write_scalar(tree: _Tree, value: Any) -> Any:
 
 def _write_frame(tree: _Tree, value: Any) -> Any:
     columns = [_column(tree, value.iloc[:, i], f"[{name!r}]") for i, name in enumerate(value.columns)]
-    names = tree.child(list(value.columns), ".columns")
-    return ["frame", names, _index(tree, value.index), len(value), *columns]
+    return ["frame", _index(tree, value.columns), _index(tree, value.index), len(value), *columns]
 
 
 def _write_series(tree: _Tree, value: Any) -> Any:
@@ -435,7 +436,7 @@ def _index(tree: _Tree, index: Any) -> list[Any]:
     if kind == "RangeIndex":
         return ["range", index.start, index.stop, index.step, tree.child(index.name, ".index.name")]
     if kind == "MultiIndex":
-        raise Refused("a pandas MultiIndex cannot leave the jail: call .reset_index()")
+        raise Refused("a pandas MultiIndex cannot leave the jail: flatten it, for instance with .reset_index()")
     column = _column(tree, index.to_series(), ".index")
     return ["values", *column, tree.child(index.name, ".index.name")]
 
@@ -509,7 +510,7 @@ def _why_not(value: Any) -> str:
     name = type_name(type(value))
     if isinstance(value, types.GeneratorType | types.AsyncGeneratorType | types.CoroutineType):
         return f"a {name} cannot leave the jail, its frame lives there: return a list"
-    if hasattr(value, "fileno"):
+    if hasattr(type(value), "fileno"):
         return f"an open file ({name}) cannot leave the jail: return its content or its path"
     if hasattr(type(value), "__next__"):
         return f"an iterator ({name}) cannot leave the jail: return a list"

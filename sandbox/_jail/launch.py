@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import socket
 
-from sandbox._jail import wire
-from sandbox._linux import process
+from sandbox._linux import process, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

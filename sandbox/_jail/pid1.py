@@ -17,9 +17,8 @@ import stat
 import struct
 import termios
 
-from sandbox._jail import wire
 from sandbox._jail.launch import INSIDE_ID, report_failure
-from sandbox._linux import landlock, mounts, process, seccomp, syscalls
+from sandbox._linux import landlock, mounts, process, seccomp, syscalls, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

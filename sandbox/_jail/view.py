@@ -54,10 +54,9 @@ def system_view(launch: Launch, args: dict[str, Any]) -> None:
     """The system's programs and libraries, read-only: directories bound, links copied as links."""
     for path in args["directories"]:
         _replicate(launch, path)
-    for path in args["python_paths"]:
-        _bind_grant(launch, path, path, READ_ONLY)
-    for source, target in args["runtime_files"]:
-        _bind_grant(launch, source, target, READ_ONLY)
+    for source, target in (*args["python_paths"], *args["runtime_files"]):
+        if not os.path.lexists(launch.root + target):
+            _bind_grant(launch, source, target, READ_ONLY)
 
 
 def etc_files(launch: Launch, args: dict[str, Any]) -> None:

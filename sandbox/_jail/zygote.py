@@ -13,8 +13,8 @@ import signal
 import socket
 import sys
 
-from sandbox._jail import builder, wire
-from sandbox._linux import process
+from sandbox._jail import builder
+from sandbox._linux import process, wire
 
 
 def main(control_fd: int) -> None:

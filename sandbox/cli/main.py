@@ -1,0 +1,85 @@
+"""`sandbox`: finds the command, imports only what it needs, turns our errors into one clear message and exit 125."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from sandbox import __version__
+from sandbox.errors import SandboxError
+
+# Command -> module; a module has `register(app)` for a command or `app` for a group.
+COMMANDS = {
+    "run": "run",
+    "shell": "shell",
+    "plan": "plan",
+    "doctor": "doctor",
+    "profile": "profile",
+    "audit": "audit",
+    "changes": "changes",
+}
+FAILED = 125
+
+
+def _show_version(*, value: bool) -> None:
+    if value:
+        typer.echo(f"toolcall-sandbox {__version__}")
+        raise typer.Exit
+
+
+def build(names: list[str]) -> typer.Typer:
+    """The application with these commands in it."""
+    app = typer.Typer(
+        name="sandbox",
+        help="Run each tool call of an AI agent in its own single-use container, and keep a record of it.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def top(
+        version: bool = typer.Option(
+            False,
+            "--version",
+            callback=lambda value: _show_version(value=value),
+            is_eager=True,
+            help="Show the version.",
+        ),
+    ) -> None:
+        """Run each tool call of an AI agent in its own single-use container, and keep a record of it."""
+
+    for name in names:
+        module = importlib.import_module(f"sandbox.cli.{COMMANDS[name]}")
+        if hasattr(module, "register"):
+            module.register(app)
+        else:
+            app.add_typer(module.app, name=name)
+    return app
+
+
+def main() -> None:
+    """Entry point. Exit status: the tool's own, 124 wall time, 125 ours, 126/127 cannot run, 128+N signal."""
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    names = [asked] if asked in COMMANDS else list(COMMANDS)
+    app = build(names)
+    try:
+        app(prog_name="sandbox")
+    except SandboxError as error:
+        complain(error)
+        sys.exit(FAILED)
+
+
+def complain(error: SandboxError) -> None:
+    """One message on standard error: what, and what to do about it."""
+    print(f"sandbox: {error}", file=sys.stderr)
+    record_id = getattr(error.record, "record_id", "")
+    if record_id:
+        print(f"sandbox: record {record_id}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

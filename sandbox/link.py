@@ -1,0 +1,251 @@
+"""The caller's connection to its supervisor: start it, hand calls over, wait for their outcomes.
+
+Each call has a reply channel of its own, so callers on many threads and on event loops need no lock and no reader
+thread: the kernel queues and wakes. Closing a reply channel ends its call. Does nothing privileged.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sandbox import errors
+from sandbox._linux import wire
+from sandbox.errors import CallLost, InternalError, LauncherUnavailable, SandboxError
+from sandbox.host import HostFacts, delegation_prefix
+
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[3]); from sandbox.supervisor.main import main; sys.exit(main(sys.argv[1:3]))"
+)
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+
+
+class Pending:
+    """A call that has been handed over. Close it (or leave its `with`) to end the call."""
+
+    def __init__(self, reply: socket.socket) -> None:
+        self.reply = reply
+
+    def __enter__(self) -> Pending:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.reply.close()
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on to the tool's process group."""
+        self._tell({"op": "signal", "number": number})
+
+    def resize(self, rows: int, columns: int) -> None:
+        self._tell({"op": "resize", "rows": rows, "columns": columns})
+
+    def _tell(self, message: dict[str, object]) -> None:
+        try:
+            wire.send(self.reply, message)
+        except OSError:
+            return  # the call has ended; its outcome says how
+
+    def take(self) -> dict[str, Any]:
+        """The outcome's message with its sections as bytes. Blocks unless the channel does not.
+
+        Raises CallLost when the supervisor died, and what it says when it could not keep the record.
+        """
+        try:
+            message, fds = wire.receive(self.reply)
+        except ConnectionResetError:
+            message, fds = None, []
+        if message is None:
+            raise CallLost("the supervisor died before the call ended; nothing is known about what the tool did")
+        if message["ev"] == "error":
+            raise _error(message)
+        try:
+            body = wire.read_memfd(fds[0])
+        finally:
+            for fd in fds:
+                os.close(fd)
+        layout: Any = message["sections"]
+        return {**message, "sections": {name: body[at : at + size] for name, (at, size) in layout.items()}}
+
+
+def _error(message: Mapping[str, Any]) -> SandboxError:
+    kind = getattr(errors, str(message["type"]), InternalError)
+    error: SandboxError = kind(str(message["message"]), hint=str(message["hint"]))
+    return error
+
+
+class Link:
+    """One supervisor process and the channel to it. Made by `shared`; starts on first use."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.users = 0
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._facts: HostFacts | None = None
+        self.supervisor_pid = -1
+        self.zygote_pid = -1
+
+    def __repr__(self) -> str:
+        return f"<Link supervisor={self.supervisor_pid} state={self.state}>"
+
+    def start(self) -> None:
+        """Start the supervisor without waiting for it. Safe to call again, and after it died."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                return
+            self._forget()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), str(self.state), str(PACKAGE_ROOT)]
+                prefix = delegation_prefix()
+                self._process = subprocess.Popen(
+                    [*prefix, *argv],
+                    env=_environment(for_systemd=bool(prefix)),
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+            self._control = ours
+
+    def facts(self) -> HostFacts:
+        """What the host can enforce, as the supervisor found it. Waits for its start."""
+        self.start()
+        with self._lock:
+            if self._facts is None:
+                self._facts = self._receive_facts()
+            return self._facts
+
+    @property
+    def is_started(self) -> bool:
+        return self._facts is not None
+
+    def _receive_facts(self) -> HostFacts:
+        assert self._control is not None
+        self._control.settimeout(START_TIMEOUT_S)
+        while True:
+            try:
+                message, fds = wire.receive(self._control)
+            except (TimeoutError, ConnectionResetError) as error:
+                raise LauncherUnavailable("the supervisor did not start", step="supervisor") from error
+            if message is None:
+                raise LauncherUnavailable("the supervisor ended while it started", step="supervisor")
+            if message["ev"] == "failed":
+                raise _error(message)
+            if message["ev"] == "hello":
+                self.supervisor_pid, self.zygote_pid = int(str(message["pid"])), int(str(message["zygote_pid"]))
+            elif message["ev"] == "facts":
+                with os.fdopen(fds[0], "rb") as file:
+                    facts = HostFacts.from_json(json.load(file))
+                self._control.settimeout(None)
+                return facts
+
+    def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int]) -> Pending:
+        """Hand one call over. `fds` stay the caller's to close."""
+        self.facts()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ask_fd = wire.memfd("ask", json.dumps(ask).encode())
+        try:
+            with theirs:
+                names = {"reply": theirs.fileno(), "ask": ask_fd, **fds}
+                assert self._control is not None
+                wire.send(self._control, {"op": "call", "fds": list(names)}, list(names.values()))
+        except OSError as error:
+            ours.close()
+            raise CallLost(f"the supervisor is gone: {error}") from error
+        finally:
+            os.close(ask_fd)
+        return Pending(ours)
+
+    def close(self) -> None:
+        """End the supervisor and every call that still runs."""
+        with self._lock:
+            process, self._process = self._process, None
+            self._forget()
+        if process is not None:
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _forget(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        self._facts = None
+        if self._process is not None:
+            self._process.poll()
+
+    def drop_inherited(self) -> None:
+        """In a forked child: let go of the parent's channel, so that the parent's end is seen when it comes."""
+        self._lock = threading.Lock()
+        if self._control is not None:
+            self._control.close()
+        self._control, self._process, self._facts = None, None, None
+
+
+def _environment(*, for_systemd: bool) -> dict[str, str]:
+    """The supervisor's whole environment. systemd-run needs to find the user's bus; nothing else is passed on."""
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
+    if for_systemd:
+        names = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
+        env.update({name: os.environ[name] for name in names if name in os.environ})
+    return env
+
+
+class _Registry:
+    """The links of this process, one per state directory."""
+
+    def __init__(self) -> None:
+        self.links: dict[Path, Link] = {}
+        self.lock = threading.Lock()
+
+    def drop_inherited(self) -> None:
+        self.lock = threading.Lock()
+        for link in self.links.values():
+            link.drop_inherited()
+
+    def close_all(self) -> None:
+        with self.lock:
+            links = list(self.links.values())
+            self.links.clear()
+        for link in links:
+            link.close()
+
+
+# A supervisor belongs to the process, not to one object in it: decorators in many modules share it.
+_REGISTRY = _Registry()
+os.register_at_fork(after_in_child=_REGISTRY.drop_inherited)
+atexit.register(_REGISTRY.close_all)
+
+
+def shared(state: Path) -> Link:
+    """The link for `state`, counted: give it back with `release`."""
+    with _REGISTRY.lock:
+        link = _REGISTRY.links.setdefault(state, Link(state))
+        link.users += 1
+        return link
+
+
+def release(link: Link) -> None:
+    """Give a shared link back; the last one out ends the supervisor."""
+    with _REGISTRY.lock:
+        link.users -= 1
+        last = link.users <= 0 and _REGISTRY.links.get(link.state) is link
+        if last:
+            del _REGISTRY.links[link.state]
+    if last:
+        link.close()

@@ -1,0 +1,371 @@
+"""Decide a launch: manifest + call + host facts -> an ordered plan, or `Unenforceable`. Pure: no clock, no I/O.
+
+What the host cannot hold in full is refused, unless the manifest names that control under `best_effort`; then the
+plan carries it as `partial` or `none` with the reason, and so will the record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox.errors import Unenforceable
+from sandbox.host import Control, HostFacts, controls
+from sandbox.manifest import Manifest
+from sandbox.plan import CallSpec, LaunchPlan, Limit, Step
+
+HOME = "/home/user"
+HOSTNAME = "sandbox"
+SYSTEM_DIRECTORIES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+# What programs of the system view read in /etc and which tells nothing about the host's users or secrets.
+ETC_PATHS = tuple(
+    f"/etc/{name}"
+    for name in (
+        "ld.so.cache",
+        "ld.so.conf",
+        "ld.so.conf.d",
+        "alternatives",
+        "ssl/certs",
+        "ssl/openssl.cnf",
+        "pki/tls/certs",
+        "pki/ca-trust/extracted",
+        "ca-certificates.conf",
+        "localtime",
+        "timezone",
+        "mime.types",
+        "magic",
+        "protocols",
+        "services",
+        "inputrc",
+        "bash.bashrc",
+        "profile",
+        "terminfo",
+        "fonts",
+        "locale.alias",
+        "os-release",
+        "debian_version",
+        "lsb-release",
+        "java-17-openjdk",
+        "java-21-openjdk",
+        "perl",
+        "python3",
+        "vim",
+    )
+)
+DEVICE_NODES = ("null", "zero", "full", "random", "urandom", "tty")
+# The lists of container runtimes, plus the entries by which a machine is told from another.
+PROC_MASKED = (
+    "acpi",
+    "asound",
+    "interrupts",
+    "kallsyms",
+    "kcore",
+    "key-users",
+    "keys",
+    "kmsg",
+    "kpagecgroup",
+    "kpagecount",
+    "kpageflags",
+    "latency_stats",
+    "modules",
+    "mtrr",
+    "sched_debug",
+    "scsi",
+    "slabinfo",
+    "timer_list",
+    "timer_stats",
+    "vmallocinfo",
+)
+PROC_READ_ONLY = ("bus", "driver", "dynamic_debug", "fs", "irq", "sys", "sysrq-trigger")
+PRIVATE_PLACES = {"/tmp": "tmp", "/var/tmp": "var-tmp", HOME: "home", "/dev/shm": "shm"}  # noqa: S108 - inside
+NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")
+DENY_ENTRIES_MAX = 1_000_000
+_NOT_YET = {
+    "docker": "this version has the native launcher only",
+    "oci": "this version has the native launcher only",
+    "nsjail": "this version has the native launcher only",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PathFact:
+    """One host path as it was when resolved: the launcher refuses to mount anything else under that name."""
+
+    dev: int
+    ino: int
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the decision needs from the caller's side, gathered beforehand.
+
+    `paths`: every granted host path. `caller_env`: the caller's variables that the manifest allows by name.
+    `python_paths`: (host path, jail path) of the interpreter's prefixes. `runtime_files`: (host path, jail path) of
+    what a function call needs. `search_path`: directories put before the system's in PATH. `hidden`: host paths that
+    are never shown, such as the state directory with the records. `protected`: entries of a writable workspace which
+    stay read-only. `extra_env`: variables that the caller gives this one call.
+    """
+
+    paths: Mapping[str, PathFact] = field(default_factory=dict)
+    caller_env: Mapping[str, str] = field(default_factory=dict)
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+    python_paths: tuple[tuple[str, str], ...] = ()
+    runtime_files: tuple[tuple[str, str], ...] = ()
+    search_path: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    protected: tuple[str, ...] = ()
+    terminal_rows: int = 24
+    terminal_columns: int = 80
+
+
+def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroundings) -> LaunchPlan:
+    """Turn what is asked into steps and limits.
+
+    Raises Unenforceable naming every control that this host cannot hold and the manifest does not let go.
+    """
+    table = controls(facts)
+    limits = _limits(manifest, table)
+    _refuse_missing(manifest, limits, facts)
+    affinity = _mechanism(limits, "cpus") == "cpu affinity"
+    steps = (
+        *_view_steps(manifest, call, around),
+        *_call_steps(manifest, call, facts, around, limits),
+        Step("exec", "tool"),
+    )
+    return LaunchPlan(
+        launcher="jail",
+        steps=steps,
+        limits=limits,
+        argv=call.argv,
+        env=_environment(manifest, call, around),
+        cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
+        tty=call.tty,
+        seccomp={"name": "default", "deny_set_affinity": affinity},
+        isolation={
+            "launcher": "jail",
+            "namespaces": list(NAMESPACES),
+            "landlock_abi": facts.landlock_abi,
+            "linux_caps": "none",
+            "no_new_privs": True,
+            "missing": [] if facts.landlock_abi else ["landlock"],
+        },
+    )
+
+
+def _limits(manifest: Manifest, table: Mapping[str, Control]) -> tuple[Limit, ...]:
+    resources = manifest.resources
+    asked: dict[str, int | float | str | None] = {
+        "memory": resources.memory_bytes,
+        "pids": resources.pids,
+        "cpus": resources.cpus,
+        "cpu_time": resources.cpu_time_s,
+        "io": resources.io_bytes_per_s,
+        "disk": resources.disk_bytes,
+        "inodes": resources.inodes,
+        "wall_time": resources.wall_time_s,
+        "output": resources.output_bytes,
+        "open_files": resources.open_files,
+        "filesystem": "granted paths only",
+        "network": manifest.network.mode,
+        "processes": "own namespaces",
+        "syscalls": "default",
+        "gpu": manifest.gpu.count or len(manifest.gpu.devices),
+    }
+    return tuple(_limit(name, value, table[name]) for name, value in asked.items() if value is not None)
+
+
+def _limit(name: str, value: int | float | str | None, control: Control) -> Limit:
+    applied = None if control.level == "none" else value
+    if control.mechanism == "cpu affinity" and isinstance(value, float | int):
+        applied = max(1, math.ceil(value))
+    return Limit(name, value, applied, control.level, control.mechanism, control.strength, control.reason)
+
+
+def _mechanism(limits: tuple[Limit, ...], control: str) -> str:
+    return next((limit.mechanism for limit in limits if limit.control == control), "")
+
+
+def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFacts) -> None:
+    """Collect everything that does not hold here, and raise once with all of it."""
+    table = controls(facts)
+    isolation = manifest.isolation
+    missing: dict[str, str] = {}
+    for limit in limits:
+        strict = limit.control in isolation.required
+        if limit.level != "full" and (strict or limit.control not in isolation.best_effort):
+            missing[limit.control] = f"{limit.level} here: {limit.reason or limit.mechanism}"
+    if manifest.network.mode != "none" or manifest.network.allow:
+        missing["network"] = "an allowlist needs the egress gateway, which this version does not have yet"
+    if manifest.gpu.count or manifest.gpu.devices:
+        missing["gpu"] = "granting a GPU is not possible in this version yet"
+    if isolation.launcher != "jail":
+        missing["launcher"] = _NOT_YET.get(isolation.launcher, f"no launcher is called {isolation.launcher!r}")
+    if isolation.minimum != "namespaces":
+        missing["isolation"] = f"{isolation.minimum} needs another launcher than the native jail"
+    if "landlock" in isolation.required and not facts.landlock_abi:
+        missing["landlock"] = table["landlock"].reason
+    if manifest.process.allow_exec is not None:
+        # Landlock can hold execve to a list, but a listed program's own loader (ld.so PROGRAM) maps any other.
+        missing["process.allow_exec"] = "a list of programs can be got round by the dynamic loader on this kernel"
+    if missing:
+        fixes = [table[name].fix for name in missing if name in table and table[name].fix]
+        names = [name for name in missing if name in table and name not in ("network", "gpu")]
+        hints = list(dict.fromkeys(fixes))
+        if names:
+            hints.append(f"or accept less: best_effort = {sorted({*isolation.best_effort, *names})}")
+        text = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise Unenforceable(f"this host cannot enforce {text}", controls=missing, hint="; ".join(hints))
+
+
+def _has_workspace(manifest: Manifest, call: CallSpec) -> bool:
+    return bool(call.workspace.host_path) or ":workspace" in manifest.filesystem.write
+
+
+def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tuple[Step, ...]:
+    resources = manifest.resources
+    steps = [
+        Step("private_propagation", "view"),
+        Step("new_root", "view", {"disk_bytes": resources.disk_bytes, "inodes": resources.inodes}),
+        Step(
+            "system_view",
+            "view",
+            {
+                "directories": list(SYSTEM_DIRECTORIES),
+                "python_paths": [list(pair) for pair in around.python_paths],
+                "runtime_files": [list(pair) for pair in around.runtime_files],
+            },
+        ),
+        Step("etc_files", "view", {"hostname": HOSTNAME, "home": HOME, "host_paths": list(ETC_PATHS)}),
+        Step("devices", "view", {"nodes": list(DEVICE_NODES)}),
+        Step("private_places", "view", {"directories": PRIVATE_PLACES}),
+        Step("grants", "view", {"paths": _grants(manifest, around)}),
+    ]
+    if _has_workspace(manifest, call):
+        steps.append(Step("workspace", "view", _workspace(call, around)))
+    steps += [
+        Step("deny", "view", _denials(manifest, call, around)),
+        Step("proc_seed", "view"),
+        Step("enter_root", "view"),
+    ]
+    return tuple(steps)
+
+
+def _granted_paths(manifest: Manifest) -> dict[str, str]:
+    """Host path -> access; write implies read."""
+    granted = {path: "read" for path in manifest.filesystem.read if path.startswith("/")}
+    granted.update({path: "write" for path in manifest.filesystem.write if path.startswith("/")})
+    return granted
+
+
+def _grants(manifest: Manifest, around: Surroundings) -> list[dict[str, Any]]:
+    return [
+        {
+            "host_path": path,
+            "jail_path": path,
+            "access": access,
+            "dev": around.paths[path].dev,
+            "ino": around.paths[path].ino,
+        }
+        for path, access in sorted(_granted_paths(manifest).items())
+        if path in around.paths
+    ]
+
+
+def _workspace(call: CallSpec, around: Surroundings) -> dict[str, Any]:
+    workspace = call.workspace
+    args: dict[str, Any] = {"mode": workspace.mode, "jail_path": workspace.jail_path}
+    if workspace.host_path:
+        fact = around.paths[workspace.host_path]
+        args |= {"host_path": workspace.host_path, "dev": fact.dev, "ino": fact.ino}
+        args["protected"] = list(around.protected) if workspace.mode == "rw" else []
+    return args
+
+
+def _denials(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[str, Any]:
+    deny = manifest.filesystem.deny
+    literal = [path for path in deny if path.startswith("/") and not any(char in path for char in "*?[")]
+    patterns = [path for path in deny if path not in literal]
+    trees = sorted(path for path in _granted_paths(manifest) if path in around.paths)
+    if call.workspace.host_path:
+        trees.append(call.workspace.jail_path)
+    return {
+        "paths": [*literal, *around.hidden],
+        "patterns": patterns,
+        "trees": trees,
+        "entries_max": DENY_ENTRIES_MAX,
+    }
+
+
+def _call_steps(
+    manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroundings, limits: tuple[Limit, ...]
+) -> tuple[Step, ...]:
+    terminal = {"tty": call.tty, "rows": around.terminal_rows, "columns": around.terminal_columns}
+    steps = [
+        Step("proc", "call", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
+        Step("terminals", "call", terminal),
+        Step("loopback", "call"),
+        Step("hostname", "call", {"name": HOSTNAME}),
+        Step("keyring", "call"),
+    ]
+    if _mechanism(limits, "cpus") == "cpu affinity":
+        steps.append(Step("affinity", "call", {"cores": max(1, math.ceil(manifest.resources.cpus))}))
+    steps += [
+        Step("rlimits", "call", _rlimits(manifest, limits)),
+        Step("capabilities", "call"),
+        Step("no_new_privs", "call"),
+    ]
+    if facts.landlock_abi:
+        rules = _landlock_rules(manifest, call)
+        steps.append(Step("landlock", "call", {"abi": facts.landlock_abi, "rules": rules}))
+    steps += [Step("close_fds", "call"), Step("seccomp", "call")]
+    return tuple(steps)
+
+
+def _rlimits(manifest: Manifest, limits: tuple[Limit, ...]) -> dict[str, int]:
+    resources = manifest.resources
+    rlimits = {
+        "CORE": 0,
+        "NOFILE": resources.open_files,
+        "FSIZE": resources.disk_bytes,
+        "MEMLOCK": 8 << 20,
+        "RTPRIO": 0,
+        "NICE": 0,
+    }
+    if _mechanism(limits, "pids").startswith("rlimit"):
+        # pid 1 is counted with the tool's tasks.
+        rlimits["NPROC"] = resources.pids + 1
+    if resources.cpu_time_s is not None:
+        # A second wall for a single process; the account over all of them is the supervisor's.
+        rlimits["CPU"] = math.ceil(resources.cpu_time_s) + 1
+    return rlimits
+
+
+def _landlock_rules(manifest: Manifest, call: CallSpec) -> list[list[Any]]:
+    """[path, accesses]: what the mounts grant, said a second time."""
+    writable = ["read", "exec", "write"]
+    rules: list[list[Any]] = [["/", ["read", "exec"]], ["/dev", ["write", "ioctl"]], ["/proc", ["write"]]]
+    rules += [[path, writable] for path in PRIVATE_PLACES]
+    rules += [[path, writable] for path, access in _granted_paths(manifest).items() if access == "write"]
+    if _has_workspace(manifest, call) and call.workspace.mode != "ro":
+        rules.append([call.workspace.jail_path, writable])
+    return rules
+
+
+def _environment(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[str, str]:
+    search = [*around.search_path, "/usr/local/bin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    env = {
+        "HOME": HOME,
+        "LANG": "C.UTF-8",
+        "LOGNAME": "user",
+        "PATH": ":".join(dict.fromkeys(search)),
+        "PWD": call.cwd or "",
+        "SHELL": "/bin/sh",
+        "USER": "user",
+    }
+    if not env["PWD"]:
+        del env["PWD"]
+    if call.tty:
+        env["TERM"] = "xterm-256color"
+    return {**env, **around.caller_env, **manifest.environment.set, **around.extra_env}

@@ -1,0 +1,159 @@
+"""What the caller gathers for a plan: where granted paths stand now, the interpreter's places, the environment.
+
+This is the one place of the caller's side that looks at files; the planner itself looks at nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import os
+import shutil
+import site
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sandbox.codec import EncodedCall, cloudpickle_directory
+from sandbox.errors import ManifestError
+from sandbox.manifest import Manifest
+from sandbox.plan import CallSpec, Workspace
+from sandbox.planner import PathFact, Surroundings
+
+LIB = "/run/sandbox/lib"
+SITE = "/run/sandbox/site"
+REQUEST_FD = "3"
+RESULT_FD = "4"
+_JAIL_CODE = Path(__file__).parent / "_jail"
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """Where this interpreter and its packages live: `paths` (host, jail), `search` for PATH, `roots` of sys.path."""
+
+    paths: tuple[tuple[str, str], ...]
+    search: tuple[str, ...]
+    roots: tuple[str, ...]
+
+
+@functools.cache
+def interpreter() -> Interpreter:
+    """Of this process: what the jail shows read-only, so that `python3` inside is the caller's own."""
+    prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
+    pairs: dict[tuple[str, str], None] = {}
+    for prefix in prefixes:
+        real = os.path.realpath(prefix)
+        for shown in dict.fromkeys((real, os.path.abspath(prefix))):
+            # /usr is in every jail's view already.
+            if not f"{shown}/".startswith("/usr/"):
+                pairs[(real, shown)] = None
+    search = [f"{os.path.abspath(prefix)}/bin" for prefix in prefixes if not f"{prefix}/".startswith("/usr/")]
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    roots = [*(sysconfig.get_path(name) for name in names), *site.getsitepackages()]
+    return Interpreter(tuple(pairs), tuple(dict.fromkeys(search)), tuple(dict.fromkeys(roots)))
+
+
+def path_facts(manifest: Manifest) -> dict[str, PathFact]:
+    """Device and inode of every granted host path right now.
+
+    Raises ManifestError for one that has gone since the profile was resolved.
+    """
+    filesystem = manifest.filesystem
+    paths = [path for path in (*filesystem.read, *filesystem.write) if path.startswith("/")]
+    if filesystem.workspace:
+        paths.append(filesystem.workspace)
+    return {path: _fact(path) for path in paths}
+
+
+def _fact(path: str) -> PathFact:
+    try:
+        info = os.lstat(path)
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}", where="filesystem") from error
+    return PathFact(info.st_dev, info.st_ino)
+
+
+def workspace(manifest: Manifest) -> Workspace:
+    filesystem = manifest.filesystem
+    if not filesystem.workspace:
+        return Workspace()
+    mode = filesystem.workspace_mode
+    return Workspace("rw" if mode == "private" else mode, filesystem.workspace, filesystem.workspace)
+
+
+def allowed_environment(manifest: Manifest, source: Mapping[str, str]) -> dict[str, str]:
+    """The caller's variables that the manifest names; `NAME*` names all that begin so."""
+    exact = set(manifest.environment.allow)
+    starts = tuple(name[:-1] for name in exact if name.endswith("*"))
+    return {name: value for name, value in source.items() if name in exact or (starts and name.startswith(starts))}
+
+
+def surroundings(manifest: Manifest, spec: CallSpec, state: Path, extra_env: Mapping[str, str]) -> Surroundings:
+    """Everything `planner.decide` wants to know of the caller's side."""
+    python = interpreter()
+    columns, rows = shutil.get_terminal_size((80, 24)) if spec.tty else (80, 24)
+    runtime_files: tuple[tuple[str, str], ...] = ()
+    if spec.kind == "function":
+        runtime_files = function_files()
+    return Surroundings(
+        paths=path_facts(manifest),
+        caller_env=allowed_environment(manifest, os.environ),
+        extra_env=dict(extra_env),
+        python_paths=python.paths,
+        runtime_files=runtime_files,
+        search_path=python.search,
+        hidden=(os.path.realpath(state),),
+        terminal_rows=rows,
+        terminal_columns=columns,
+    )
+
+
+@functools.cache
+def function_files() -> tuple[tuple[str, str], ...]:
+    """(host path, jail path) of the runner and of cloudpickle: all that a function call needs of ours inside."""
+    code = os.path.realpath(_JAIL_CODE)
+    pickle_dir = os.path.realpath(f"{cloudpickle_directory()}/cloudpickle")
+    return (
+        (f"{code}/runner.py", f"{LIB}/runner.py"),
+        (f"{code}/encode.py", f"{LIB}/encode.py"),
+        (pickle_dir, f"{SITE}/cloudpickle"),
+    )
+
+
+def function_spec(spec: CallSpec, encoded: EncodedCall, *, capture_arguments: bool) -> CallSpec:
+    """The call of a function as the program that runs it: the caller's interpreter with our runner."""
+    return replace(
+        spec,
+        argv=(sys.executable, "-I", f"{LIB}/runner.py", REQUEST_FD, RESULT_FD),
+        module=encoded.module,
+        source_sha256=encoded.source_sha256,
+        arguments_sha256=encoded.arguments_sha256,
+        arguments=encoded.arguments_json.decode() if capture_arguments else None,
+    )
+
+
+def policy(manifest: Manifest, profile: str, digest: str) -> dict[str, Any]:
+    """What the record says about the manifest."""
+    return {
+        "profile": profile,
+        "manifest_sha256": digest,
+        "manifest": manifest.model_dump(mode="json"),
+    }
+
+
+@functools.cache
+def principal(pid: int) -> dict[str, Any]:
+    """Who asks: the user of this process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = ""
+    return {"user": user, "uid": os.getuid(), "pid": pid}
+
+
+def call_data(spec: CallSpec) -> dict[str, Any]:
+    """The call as plain data for the supervisor."""
+    return asdict(spec)

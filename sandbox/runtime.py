@@ -1,0 +1,487 @@
+"""The caller's side: resolve a manifest, decide the plan, hand the call to the supervisor, give back the outcome.
+
+`Sandbox` may be used from any number of threads and event loops at once. It does nothing privileged and never forks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import selectors
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sandbox import link as supervisor_link
+from sandbox import prepare
+from sandbox._linux import wire
+from sandbox.audit.store import state_dir
+from sandbox.audit.view import Record
+from sandbox.codec import decode_reply, encode_call, importable_under, return_annotation
+from sandbox.context import CallContext, current_context
+from sandbox.errors import ManifestError, ToolFailed, Unenforceable
+from sandbox.link import Link, Pending
+from sandbox.manifest import Manifest
+from sandbox.outcome import Ending, Outcome
+from sandbox.plan import CallSpec, LaunchPlan
+from sandbox.planner import decide
+from sandbox.profiles import Resolved, resolve
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Source = str | Path | Manifest | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call, ready to go: its spec and manifest, and what decodes its result."""
+
+    spec: CallSpec
+    resolved: Resolved
+    env: Mapping[str, str]
+    input: bytes | None = None
+    request: bytes | None = None
+    annotation: Any = Any
+
+
+class Sandbox:
+    """Runs programs and functions under one profile, each in a jail of its own.
+
+    Args:
+        profile: a profile's name, a path to one, a `Manifest`, or a mapping in the file's form.
+        state: where records are kept; by default `$SANDBOX_STATE` or `$XDG_STATE_HOME/sandbox`.
+        ceiling: an operator's ceiling file, intersected last.
+        **overrides: the manifest's settings by their file names: `memory="256MiB"`, `wall_time="5s"`,
+            `read=["./data"]`, `workspace="."`, `workspace_mode="cow"`, ...
+
+    Raises ManifestError (or ProfileError) when the profile or an override is wrong; nothing has run then.
+    """
+
+    def __init__(
+        self,
+        profile: Source = "python",
+        *,
+        state: str | Path | None = None,
+        ceiling: Path | None = None,
+        **overrides: Any,
+    ) -> None:
+        self._profile = profile
+        self._ceiling = ceiling
+        self._overrides = overrides
+        self._state = state_dir(state)
+        self._link: Link | None = supervisor_link.shared(self._state)
+        try:
+            self._link.start()
+            self._resolved = self._resolve({})
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self._resolved.profile or 'manifest'} {self._resolved.digest[:19]} link={self._link}>"
+
+    def close(self) -> None:
+        """Give the supervisor back; it ends when nobody else in this process uses it."""
+        link, self._link = self._link, None
+        if link is not None:
+            supervisor_link.release(link)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._resolved.manifest
+
+    @property
+    def state(self) -> Path:
+        """Where this sandbox's records are."""
+        return self._state
+
+    def plan(self, argv: Sequence[str], **overrides: Any) -> LaunchPlan:
+        """The plan that `run` would carry out. Raises Unenforceable when this host cannot hold it."""
+        job = self._program(argv, overrides=overrides)
+        return self._decide(job)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        collect: Sequence[str] = (),
+        context: CallContext | None = None,
+        why: str = "",
+        **overrides: Any,
+    ) -> Outcome:
+        """Run a program in a jail of its own and wait for it.
+
+        Args:
+            argv: the program and its arguments; no shell is involved.
+            input: what it reads on standard input; nothing by default.
+            env: variables for this call, beside those that the manifest allows and sets.
+            cwd: where it starts inside; the workspace by default.
+            collect: patterns of workspace files to bring out as bytes, `["out/*.json"]`.
+            context: ids that join the record to an agent, a session, a trace.
+            why: the reason for this call, in a sentence, for the record.
+            **overrides: as for `Sandbox`, for this call only.
+
+        Returns:
+            The outcome, whatever the tool did: look at `.ok`, `.exit_code`, `.ending`, `.stdout`.
+
+        Raises:
+            ManifestError: an override is wrong. Unenforceable: this host cannot hold the manifest.
+            AuditError: no record could be written. CallLost: the supervisor died.
+        """
+        job = self._program(
+            argv, input=input, env=env, cwd=cwd, collect=collect, context=context, why=why, overrides=overrides
+        )
+        return self._wait(job)
+
+    async def arun(self, argv: Sequence[str], **options: Any) -> Outcome:
+        """As `run`, without blocking the event loop. Cancelling it ends the call."""
+        overrides = {name: options.pop(name) for name in list(options) if name not in _RUN_OPTIONS}
+        job = self._program(argv, **options, overrides=overrides)
+        return await self._await(job)
+
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+        """Run a Python function in a jail of its own: `.value` is what it returned, `.unwrap()` raises its error."""
+        return self._wait(self._function(func, args, kwargs, None))
+
+    async def acall(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+        """As `call`, for sync and async functions, without blocking the event loop."""
+        return await self._await(self._function(func, args, kwargs, None))
+
+    def stream(self, argv: Sequence[str], *, input: bytes | str | None = None, **options: Any) -> Stream:
+        """Run a program and iterate over its output as it comes: `(stream name, bytes)` pairs, then `.outcome`."""
+        overrides = {name: options.pop(name) for name in list(options) if name not in _RUN_OPTIONS}
+        return Stream(self, self._program(argv, input=input, **options, overrides=overrides))
+
+    def passing(
+        self,
+        argv: Sequence[str],
+        fds: Mapping[str, int],
+        *,
+        why: str = "",
+        collect: Sequence[str] = (),
+        tty: bool = False,
+    ) -> Passing:
+        """Run a program whose streams are pipes of the caller's: `stdin` to read from, `stdout_to` and `stderr_to` (or,
+        with a terminal inside, `terminal_to`) to write to. The command line's way."""
+        job = self._program(argv, why=why, collect=collect, tty=tty, overrides={})
+        return Passing(job, self._submit(job, fds))
+
+    # -- how a call gets from here to there ---------------------------------------------------------------------
+
+    def _resolve(self, overrides: Mapping[str, Any]) -> Resolved:
+        merged = {**self._overrides, **overrides}
+        return resolve(self._profile, overrides=merged or None, ceiling=self._ceiling)
+
+    def _program(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        collect: Sequence[str] = (),
+        context: CallContext | None = None,
+        why: str = "",
+        tty: bool = False,
+        overrides: Mapping[str, Any],
+    ) -> Job:
+        if (
+            isinstance(argv, str | bytes)
+            or not argv
+            or not all(isinstance(item, str) and "\0" not in item for item in argv)
+        ):
+            raise ManifestError("the command is a list of strings, the program first", where="argv")
+        resolved = self._resolve(overrides) if overrides else self._resolved
+        context = context or current_context()
+        spec = CallSpec(
+            kind="program",
+            argv=tuple(argv),
+            tool=os.path.basename(argv[0]),
+            cwd=cwd,
+            tty=tty,
+            collect=tuple(collect),
+            workspace=prepare.workspace(resolved.manifest),
+            **_context_fields(replace(context, why=why) if why else context),
+        )
+        data = input.encode() if isinstance(input, str) else input
+        return Job(spec, resolved, dict(env or {}), input=data)
+
+    def _function(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CallContext | None
+    ) -> Job:
+        encoded = encode_call(func, args, kwargs, importable=_importable())
+        manifest = self._resolved.manifest
+        spec = CallSpec(
+            kind="function",
+            argv=(),
+            tool=getattr(func, "__qualname__", type(func).__name__),
+            workspace=prepare.workspace(manifest),
+            **_context_fields(context or current_context()),
+        )
+        spec = prepare.function_spec(spec, encoded, capture_arguments="args" in manifest.audit.capture)
+        request = encoded.request(sys_path=[prepare.SITE])
+        return Job(spec, self._resolved, {}, request=request, annotation=return_annotation(func))
+
+    def _decide(self, job: Job) -> LaunchPlan:
+        link = self._live_link()
+        around = prepare.surroundings(job.resolved.manifest, job.spec, self._state, job.env)
+        return decide(job.resolved.manifest, job.spec, link.facts(), around)
+
+    def _live_link(self) -> Link:
+        if self._link is None:
+            self._link = supervisor_link.shared(self._state)
+        return self._link
+
+    def _submit(self, job: Job, fds: Mapping[str, int]) -> Pending:
+        """Hand the call over. A refusal gets its record first, then it is raised with it."""
+        link = self._live_link()
+        ask: dict[str, Any] = {
+            "call": prepare.call_data(job.spec),
+            "policy": prepare.policy(job.resolved.manifest, job.resolved.profile, job.resolved.digest),
+            "principal": prepare.principal(os.getpid()),
+            "durability": job.resolved.manifest.audit.durability,
+        }
+        try:
+            ask["plan"] = self._decide(job).to_json()
+        except Unenforceable as refusal:
+            ask["refused"] = {"fault": "host", "message": refusal.message}
+            with link.submit(ask, {}) as pending:
+                refusal.record = Record(json.loads(pending.take()["sections"]["record"]))
+            raise
+        with _memfds(request=job.request, stdin=job.input) as data_fds:
+            return link.submit(ask, {**data_fds, **fds})
+
+    def _wait(self, job: Job) -> Outcome:
+        with self._submit(job, {}) as pending:
+            message = pending.take()
+        return outcome_of(job, message)
+
+    async def _await(self, job: Job) -> Outcome:
+        if self._live_link().is_started:
+            pending = self._submit(job, {})
+        else:
+            pending = await asyncio.to_thread(self._submit, job, {})
+        with pending:
+            message = await _readable(pending)
+        return outcome_of(job, message)
+
+
+_RUN_OPTIONS = frozenset(("input", "env", "cwd", "collect", "context", "why"))
+
+
+def _context_fields(context: CallContext) -> dict[str, str]:
+    return {name: getattr(context, name) for name in context.__slots__}
+
+
+@functools.cache
+def _importable() -> Callable[[str], bool]:
+    return importable_under(prepare.interpreter().roots)
+
+
+class _memfds:  # noqa: N801 - a context manager used like a function
+    """Sealed memory files for a call's input, closed here once they have been sent."""
+
+    def __init__(self, **contents: bytes | None) -> None:
+        self._fds: dict[str, int] = {}
+        for name, data in contents.items():
+            if data is not None:
+                self._fds[name] = _read_only(wire.memfd(name, data))
+
+    def __enter__(self) -> dict[str, int]:
+        return self._fds
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+
+def _read_only(fd: int) -> int:
+    """The same memory file as a descriptor that cannot write; seals hold even where it is opened anew."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+
+
+async def _readable(pending: Pending) -> dict[str, Any]:
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(pending.reply, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(pending.reply)
+    return pending.take()
+
+
+def outcome_of(job: Job, message: Mapping[str, Any]) -> Outcome:
+    """Build the outcome from what the supervisor sent: bytes and JSON, nothing that could run."""
+    sections = message["sections"]
+    outcome = Outcome(
+        ending=Ending(**{name: message["ending"][name] for name in Ending.__slots__}),
+        record=Record(json.loads(sections["record"])),
+        stdout=sections.get("stdout", b""),
+        stderr=sections.get("stderr", b""),
+        files={name.removeprefix("file:"): data for name, data in sections.items() if name.startswith("file:")},
+        changes=_changes(message),
+        denials=tuple(message.get("denials", ())),
+    )
+    if job.request is None or outcome.ending.kind != "ok":
+        return outcome
+    try:
+        return replace(outcome, value=decode_reply(sections.get("result", b""), job.annotation))
+    except ToolFailed as error:
+        # The ending stays what the processes did; the function's own failure is the tool's.
+        ending = replace(outcome.ending, kind="tool_error", error_type=error.type_name, message=error.message)
+        failed = replace(outcome, ending=ending, error=error)
+        error.record, error.outcome = outcome.record, failed
+        return failed
+
+
+def _changes(message: Mapping[str, Any]) -> Any:
+    if not message.get("changes"):
+        return None
+    from sandbox.workspace import Changeset
+
+    return Changeset.load(Path(message["changes"]))
+
+
+class Passing:
+    """A call whose streams the caller carries. Leaving its `with` ends it."""
+
+    def __init__(self, job: Job, pending: Pending) -> None:
+        self._job = job
+        self.pending = pending
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.pending.reply.close()
+
+    def outcome(self) -> Outcome:
+        """Wait for the end."""
+        return outcome_of(self._job, self.pending.take())
+
+
+class Stream:
+    """The output of a running program, piece by piece. Use it in a `with`; leaving early ends the call."""
+
+    def __init__(self, box: Sandbox, job: Job) -> None:
+        self._job = job
+        self._reads: dict[int, str] = {}
+        writes: dict[str, int] = {}
+        for name in ("stdout", "stderr"):
+            read_end, write_end = os.pipe2(os.O_CLOEXEC)
+            self._reads[read_end] = name
+            writes[f"{name}_to"] = write_end
+        try:
+            self._pending = box._submit(job, writes)
+        except BaseException:
+            self._close_reads()
+            raise
+        finally:
+            for fd in writes.values():
+                os.close(fd)
+        self._outcome: Outcome | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pending.reply.close()
+        self._close_reads()
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        with selectors.DefaultSelector() as selector:
+            for fd in self._reads:
+                selector.register(fd, selectors.EVENT_READ)
+            while self._reads:
+                for key, _ in selector.select():
+                    data = os.read(key.fd, 1 << 16)
+                    if data:
+                        yield self._reads[key.fd], data
+                        continue
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    del self._reads[key.fd]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the tool's process group."""
+        self._pending.signal(number)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended; waits for the end. Output that has not been iterated over is dropped."""
+        if self._outcome is None:
+            self._close_reads()
+            self._outcome = outcome_of(self._job, self._pending.take())
+        return self._outcome
+
+    def _close_reads(self) -> None:
+        for fd in self._reads:
+            os.close(fd)
+        self._reads.clear()
+
+
+class _ToolBoxes:
+    """The sandboxes of decorated functions: one per decorator, made on its first call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Keyed by the identity of the decorator's own overrides, which the entry keeps alive.
+        self._boxes: dict[int, tuple[dict[str, Any], Sandbox]] = {}
+
+    def get(self, source: tuple[Source, dict[str, Any]]) -> Sandbox:
+        profile, overrides = source
+        with self._lock:
+            entry = self._boxes.get(id(overrides))
+            if entry is None:
+                entry = self._boxes[id(overrides)] = (overrides, Sandbox(profile, **overrides))
+            return entry[1]
+
+
+_TOOL_BOXES = _ToolBoxes()
+
+
+def run_function(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    resolved_source: tuple[Source, dict[str, Any]],
+    context: CallContext,
+) -> Outcome:
+    """Call `func` in a jail and wait. Used by `@sandboxed`; `resolved_source` is its profile and overrides."""
+    box = _TOOL_BOXES.get(resolved_source)
+    return box._wait(box._function(func, args, kwargs, context))
+
+
+async def arun_function(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    resolved_source: tuple[Source, dict[str, Any]],
+    context: CallContext,
+) -> Outcome:
+    """As `run_function`, on an event loop."""
+    box = _TOOL_BOXES.get(resolved_source)
+    return await box._await(box._function(func, args, kwargs, context))

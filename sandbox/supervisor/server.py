@@ -1,0 +1,260 @@
+"""The supervisor's loop: takes calls from its one caller, runs them, keeps the chain, and ends with the caller.
+
+Every call has a reply channel of its own, made by the caller: events and the outcome go out on it, signals come in,
+and its end of file means that whoever waited is gone, so the call is ended. End of file on the control channel means
+that the caller itself is gone; then every call is ended and every record finished before we go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sandbox import __version__, host
+from sandbox._linux import cgroup, wire
+from sandbox.audit import record as audit_record
+from sandbox.audit.chain import Chain
+from sandbox.audit.recover import recover
+from sandbox.audit.store import Store
+from sandbox.errors import AuditError, LauncherUnavailable, SandboxError
+from sandbox.launchers.jail import Zygote, prepare_mount_points
+from sandbox.outcome import Ending, classify
+from sandbox.plan import LaunchPlan
+from sandbox.seccomp import compile as seccomp_compile
+from sandbox.supervisor import finish, identity
+from sandbox.supervisor.call import Call
+
+STOP_TIMEOUT_S = 20.0
+
+
+class Supervisor:
+    """Owns the zygote, the cgroups, the chain and the table of running calls."""
+
+    def __init__(self, control: socket.socket, state: Path) -> None:
+        self.state = state
+        self.facts = host.probe()
+        self._control = control
+        self._name = cgroup.owner_name(os.getpid())
+        self._host_uids: Iterator[int] | None = identity.host_uids()
+        self._serial = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: dict[str, Call] = {}
+        self._closing = asyncio.Event()
+        self._filters: dict[str, bytes] = {}
+        self._tree: cgroup.Tree | None = None
+        self._zygote: Zygote | None = None
+        self.chain: Chain = Store(state).open_chain("supervisor")
+        self.host = {
+            "id": os.uname().nodename,
+            "kernel": os.uname().release,
+            "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            "node": None,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Supervisor pid={os.getpid()} calls={len(self._calls)} chain={self.chain.seq}>"
+
+    def prepare(self) -> None:
+        """Bring up what calls need. The zygote first: it starts while the rest is done."""
+        prepare_mount_points(self.state)
+        self._zygote = Zygote.start()
+        cgroup.reap()
+        tree = None
+        try:
+            tree = cgroup.Tree.open(self._name)
+        except OSError as error:
+            # Nothing is weakened by this: the facts are corrected, and the plan goes by the facts.
+            reasons = dict.fromkeys(self.facts.cgroups, f"its group cannot be made: {error}")
+            self.facts = self.facts.with_cgroups({}, reasons)
+        if tree is not None:
+            where = {name: tree.where(name) for name in self.facts.cgroups}
+            self.facts = self.facts.with_cgroups(where, tree.refused)
+            self._tree = tree if tree.has_groups else None
+        recover(self.state)
+
+    async def serve(self) -> None:
+        """Until the caller is gone."""
+        loop = asyncio.get_running_loop()
+        self._control.setblocking(False)
+        assert self._zygote is not None
+        wire.send(self._control, {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._zygote.pid})
+        facts = wire.memfd("facts", json.dumps(self.facts.to_json()).encode())
+        wire.send(self._control, {"ev": "facts"}, [facts])
+        os.close(facts)
+        loop.add_reader(self._control, self._on_control)
+        await self._closing.wait()
+        loop.remove_reader(self._control)
+        await self._stop_all()
+
+    async def _stop_all(self) -> None:
+        for call in self._calls.values():
+            call.stop("caller")
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
+        if self._zygote is not None:
+            self._zygote.close()
+        if self._tree is not None:
+            self._tree.close()
+        self.chain.close()
+
+    def _on_control(self) -> None:
+        while True:
+            try:
+                message, fds = wire.receive(self._control)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                message, fds = None, []
+            if message is None:
+                self._closing.set()
+                return
+            names = message["fds"]
+            assert isinstance(names, list)
+            task = asyncio.get_running_loop().create_task(self._serve_call(dict(zip(names, fds, strict=True))))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve_call(self, fds: dict[str, int]) -> None:
+        reply = socket.socket(fileno=fds.pop("reply"))
+        reply.setblocking(False)
+        try:
+            with _claimed(fds, "ask") as ask_fd:
+                ask = json.loads(wire.read_memfd(ask_fd))
+            try:
+                await self._run_call(reply, ask, fds)
+            except SandboxError as error:
+                _answer_error(reply, error)
+        finally:
+            for fd in fds.values():
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            reply.close()
+
+    def _open_record(self, ask: dict[str, Any], call_id: str) -> dict[str, Any]:
+        opening = audit_record.Opening(
+            record_id=audit_record.new_record_id(),
+            call_id=call_id,
+            time_start=audit_record.rfc3339(time.time_ns()),
+            call=ask["call"],
+            policy=ask["policy"],
+            plan=ask.get("plan"),
+            host=self.host,
+            principal=ask["principal"],
+            producer_version=__version__,
+        )
+        opened = audit_record.opened_record(opening)
+        self.chain.append_opened(opened, durability=ask["durability"])
+        return opened
+
+    async def _run_call(self, reply: socket.socket, ask: dict[str, Any], fds: dict[str, int]) -> None:
+        started = time.monotonic()
+        call_id = f"{self._name}-{next(self._serial)}"
+        opened = self._open_record(ask, call_id)
+        if "refused" in ask:
+            ending = Ending("refused", ask["refused"]["fault"], message=ask["refused"]["message"])
+            closing = finish.closing(ending, started)
+            finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
+            return
+        plan = LaunchPlan.from_json(ask["plan"])
+        work = finish.Workspace(ask, plan, self.state, opened["record_id"])
+        call: Call | None = None
+        try:
+            plan = await asyncio.to_thread(work.before) if work.needs_thread else plan
+            call = self._new_call(call_id, plan, fds)
+            ending = await self._run_launched(call, reply, plan)
+        except (OSError, SandboxError) as error:
+            ending = Ending("launch_error", "host", error_type=type(error).__name__, message=str(error))
+        try:
+            closing = await finish.gather(ending, started, call, work)
+            finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
+        finally:
+            self._calls.pop(call_id, None)
+            if call is not None:
+                call.close()
+
+    def _new_call(self, call_id: str, plan: LaunchPlan, fds: dict[str, int]) -> Call:
+        fds["plan"] = wire.memfd("plan", plan.dumps())
+        fds["seccomp"] = wire.memfd("seccomp", self._filter(plan))
+        group = None
+        limits = finish.cgroup_limits(plan)
+        if self._tree is not None:
+            group = self._tree.create(f"call-{call_id.rpartition('-')[2]}", limits, finish.io_devices(self.state, plan))
+        elif limits:
+            raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
+        owned = dict(fds)
+        fds.clear()
+        call = self._calls[call_id] = Call(call_id, plan, owned, group)
+        return call
+
+    def _filter(self, plan: LaunchPlan) -> bytes:
+        key = json.dumps(plan.seccomp, sort_keys=True)
+        if key not in self._filters:
+            self._filters[key] = seccomp_compile.program(plan.seccomp, cache_dir=self.state / "cache")
+        return self._filters[key]
+
+    async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(reply, self._on_reply, reply, call)
+        wall_time = plan.limit("wall_time")
+        timeout_s = float(wall_time.applied) if wall_time and wall_time.applied else None
+        message: dict[str, object] = {
+            "host_uid": next(self._host_uids) if self._host_uids is not None else None,
+            "mnt": str(self.state / "mnt"),
+        }
+        try:
+            seen = await call.run(self._live_zygote(), message, timeout_s)
+        finally:
+            loop.remove_reader(reply)
+        return classify(seen)
+
+    def _live_zygote(self) -> Zygote:
+        """The zygote, a new one if the old was killed: its jails died with it, the next call need not."""
+        if self._zygote is None or not self._zygote.is_alive():
+            if self._zygote is not None:
+                self._zygote.close()
+            self._zygote = Zygote.start()
+        return self._zygote
+
+    def _on_reply(self, reply: socket.socket, call: Call) -> None:
+        try:
+            message, _ = wire.receive(reply)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message = None
+        if message is None:
+            asyncio.get_running_loop().remove_reader(reply)
+            call.stop("caller")
+        elif message["op"] == "signal":
+            call.signal(int(str(message["number"])))
+        elif message["op"] == "resize":
+            call.resize(int(str(message["rows"])), int(str(message["columns"])))
+
+
+@contextlib.contextmanager
+def _claimed(fds: dict[str, int], name: str) -> Iterator[int]:
+    fd = fds.pop(name)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _answer_error(reply: socket.socket, error: SandboxError) -> None:
+    """Our own failure, before or instead of a record: the caller raises it."""
+    message: dict[str, object] = {
+        "ev": "error",
+        "type": "AuditError" if isinstance(error, AuditError) else type(error).__name__,
+        "message": error.message[:8000],
+        "hint": error.hint[:8000],
+    }
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        wire.send(reply, message)
