@@ -109,7 +109,10 @@ class _Cleaner:
             return "NaN"
         if math.isinf(value):
             return "Infinity" if value > 0 else "-Infinity"
-        if value.is_integer() and abs(value) <= INTEGER_MAX:
+        if abs(value) > INTEGER_MAX:
+            # Canonical JSON writes some of these without a point: a reader would take them for exact integers.
+            return repr(value)
+        if value.is_integer():
             return int(value)
         if self._nonce and "e" in repr(value):
             # Python takes to exponents at other magnitudes than ECMAScript does, and writes them differently.
