@@ -168,7 +168,7 @@ def canonical_denied_host(text: str) -> str:
 
 def meet_hosts(one: str, other: str) -> str | None:
     """What two rules have in common, or None. Host patterns nest or are apart, so the meeting is again one rule."""
-    a, b = parse_host(one, deny=True), parse_host(other, deny=True)
+    a, b = parse_host(one), parse_host(other)
     if a.port is not None and b.port is not None and a.port != b.port:
         return None
     port = a.port if a.port is not None else b.port
@@ -178,7 +178,7 @@ def meet_hosts(one: str, other: str) -> str | None:
 
 
 def host_within(inner: str, outer: str) -> bool:
-    return meet_hosts(inner, outer) == str(parse_host(inner, deny=True))
+    return meet_hosts(inner, outer) == str(parse_host(inner))
 
 
 def _host_within(inner: HostRule, outer: HostRule) -> bool:
@@ -221,6 +221,8 @@ def _split_port(text: str, default: int | None) -> tuple[str, int | None]:
 
 
 def _network(text: str, host: str) -> str:
+    if "%" in host:
+        raise ValueError(f"{text!r} has a zone id, which means something else on every machine")
     # ipaddress takes neither octal nor short forms, which is what we want: libc would read 127.1 as 127.0.0.1.
     try:
         network = ipaddress.ip_network(host)

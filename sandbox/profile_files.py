@@ -128,9 +128,10 @@ def read_bytes(path: Path) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as err:
         raise ProfileError(f"cannot be read: {err.strerror}", where=str(path)) from err
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ProfileError("is not a regular file", where=str(path))
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ProfileError("is not a regular file", where=str(path))
         data = file.read(FILE_BYTES_MAX + 1)
     if len(data) > FILE_BYTES_MAX:
         raise ProfileError(f"is larger than {FILE_BYTES_MAX} bytes", where=str(path))
@@ -170,7 +171,8 @@ def _parse_toml(text: str, path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         match = _LINE.search(str(err))
-        raise ProfileError(f"is not TOML: {err}", where=f"{path}:{match.group(1)}" if match else str(path)) from err
+        line = match.group(1) if match else len(text.splitlines())  # "at end of document"
+        raise ProfileError(f"is not TOML: {err}", where=f"{path}:{line}") from err
     except RecursionError as err:
         raise ProfileError("is nested too deeply", where=str(path)) from err
 

@@ -7,7 +7,7 @@ defaults go underneath last, so that "not written" and "written as the default" 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -63,14 +63,18 @@ Items = tuple[Item, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one source says. `removes[key]` None takes every inherited entry away."""
+    """What one source says. `removes[key]` None takes every inherited entry away.
+
+    `removed` is for messages: who took entries of a list away.
+    """
 
     name: str = ""
     description: str = ""
     scalars: Mapping[str, Item] = field(default_factory=dict)
     lists: Mapping[str, Items] = field(default_factory=dict)
-    removes: Mapping[str, Items | None] = field(default_factory=dict)
+    removes: Mapping[str, tuple[Origin, Items | None]] = field(default_factory=dict)
     sealed: Origin | None = None
+    removed: Mapping[str, Origin] = field(default_factory=dict)
 
     def items(self, key: str) -> Items:
         return self.lists.get(key, ())
@@ -84,25 +88,18 @@ class Layer:
     def with_scalar(self, key: str, item: Item) -> Layer:
         return self._but(scalars={**self.scalars, key: item})
 
-    def without_scalars(self, keys: Iterable[str]) -> Layer:
-        gone = set(keys)
-        return self._but(scalars={key: item for key, item in self.scalars.items() if key not in gone})
-
     def _but(self, scalars: Mapping[str, Item] | None = None, lists: Mapping[str, Items] | None = None) -> Layer:
-        return Layer(
-            self.name,
-            self.description,
-            self.scalars if scalars is None else scalars,
-            self.lists if lists is None else lists,
-            self.removes,
-            self.sealed,
+        return replace(
+            self,
+            scalars=self.scalars if scalars is None else scalars,
+            lists=self.lists if lists is None else lists,
         )
 
 
 def merge(parent: Layer, child: Layer) -> Layer:
     """Lay `child` over `parent`. Name and description are the child's alone, `sealed` is not inherited here."""
     scalars, lists = dict(parent.scalars), dict(parent.lists)
-    for key, entries in child.removes.items():
+    for key, (_, entries) in child.removes.items():
         if key == SETTING:
             _remove_settings(scalars, entries)
         else:
@@ -110,7 +107,8 @@ def merge(parent: Layer, child: Layer) -> Layer:
     scalars.update(child.scalars)
     for key, items in child.lists.items():
         lists[key] = dedup((*lists.get(key, ()), *items))
-    return Layer(child.name, child.description, scalars, lists, {}, child.sealed)
+    removed = {**parent.removed, **child.removed, **{key: origin for key, (origin, _) in child.removes.items()}}
+    return Layer(child.name, child.description, scalars, lists, {}, child.sealed, removed)
 
 
 def dedup(items: Iterable[Item]) -> Items:
@@ -218,7 +216,7 @@ def to_manifest(layer: Layer) -> Manifest:
     try:
         return Manifest(name=layer.name, description=layer.description, **sections)
     except ManifestError as err:
-        raise _located(err, layer) from err
+        raise _located(err, layer) from None
 
 
 def _located(err: ManifestError, layer: Layer) -> ManifestError:
@@ -245,9 +243,8 @@ def find_origin(layer: Layer, key: str, entry: str = "") -> Origin:
     if key in layer.scalars:
         origin = layer.scalars[key].origin
     else:
-        items = layer.items(key)
-        found = [item.origin for item in items if not entry or item.value == entry]
-        origin = found[-1] if found else Origin("default")
+        found = [item.origin for item in layer.items(key) if not entry or item.value == entry]
+        origin = found[-1] if found else layer.removed.get(key, Origin("default"))
     return origin if origin.key else Origin(origin.file, key)
 
 

@@ -75,8 +75,8 @@ def _wider_list(spec: Field, inner: Layer, outer: Layer) -> list[Widening]:
     allowed = outer.values(spec.key)
     if spec.meaning == "denials":
         missing = [item for item in outer.items(spec.key) if item.value not in inner.values(spec.key)]
-        origin = find_origin(inner, spec.key)
-        return [Widening(spec.key, f"without {i.value!r}", origin, repr(i.value), i.origin) for i in missing]
+        origin = inner.removed.get(spec.key) or find_origin(inner, spec.key)
+        return [Widening(spec.key, f"leaving out {i.value!r}", origin, repr(i.value), i.origin) for i in missing]
     if spec.key not in outer.lists:
         return []
     if spec.key not in inner.lists:

@@ -301,11 +301,11 @@ def _check_layer(scalars: dict[str, Item], lists: dict[str, Items]) -> None:
         raise mode.origin.error(f"'private' has no path, but workspace is {workspace.value!r}")
 
 
-def _removes(raw: Any, source: Source) -> dict[str, Items | None]:
+def _removes(raw: Any, source: Source) -> dict[str, tuple[Origin, Items | None]]:
     """`remove`: the sections again, with the entries to take away, or `true` for all of a list's entries."""
     if not isinstance(raw, Mapping):
         raise source.origin("remove").error(f"{_show(raw)} is not a table of sections")
-    removes: dict[str, Items | None] = {}
+    removes: dict[str, tuple[Origin, Items | None]] = {}
     for section, body in raw.items():
         for spec, entries in _section(section, body, source):
             origin = source.origin("remove", section, spec.name)
@@ -314,13 +314,13 @@ def _removes(raw: Any, source: Source) -> dict[str, Items | None]:
             if spec.kind != "table" and not spec.is_list:
                 raise origin.error("is not a list; a child's own value replaces it")
             if entries is True:
-                removes[spec.key] = None
+                removes[spec.key] = (origin, None)
             elif not isinstance(entries, (list, tuple)):
                 raise origin.error(f"{_show(entries)} is neither a list nor true")
             else:
                 path = ("remove", section, spec.name)
                 found = [_removed(spec, entry, source, path) for entry in entries]
-                removes[spec.key] = tuple(item for items in found for item in items)
+                removes[spec.key] = (origin, tuple(item for items in found for item in items))
     return removes
 
 

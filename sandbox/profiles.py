@@ -265,7 +265,7 @@ def _check_sealed(layer: Layer, bounds: tuple[Bound, ...]) -> None:
                 f"{first.inner} goes beyond {first.outer} ({first.outer_origin}){more}; that profile is sealed "
                 f"({bound.origin}) and may only be narrowed",
                 where=str(first.inner_origin),
-                hint=f"take {first.inner} away, or use a profile that is not sealed",
+                hint="ask for no more than the sealed profile has, or use one that is not sealed",
             )
 
 
