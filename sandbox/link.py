@@ -22,8 +22,10 @@ from sandbox._linux import wire
 from sandbox.errors import CallLost, InternalError, LauncherUnavailable, SandboxError
 from sandbox.host import HostFacts, delegation_prefix
 
+# The caller's own search path comes after the isolated interpreter's: what we need may be where only it points.
 _BOOT = (
-    "import sys; sys.path.append(sys.argv[3]); from sandbox.supervisor.main import main; sys.exit(main(sys.argv[1:3]))"
+    "import sys; sys.path.extend(p for p in sys.argv[3:] if p not in sys.path); "
+    "from sandbox.supervisor.main import main; sys.exit(main(sys.argv[1:3]))"
 )
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
@@ -107,7 +109,8 @@ class Link:
             self._forget()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), str(self.state), str(PACKAGE_ROOT)]
+                argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), str(self.state)]
+                argv += [str(PACKAGE_ROOT), *(path for path in sys.path if os.path.isabs(path))]
                 prefix = delegation_prefix()
                 self._process = subprocess.Popen(
                     [*prefix, *argv],
@@ -146,7 +149,6 @@ class Link:
                 raise _error(message)
             if message["ev"] == "hello":
                 self.supervisor_pid, self.zygote_pid = int(str(message["pid"])), int(str(message["zygote_pid"]))
-            elif message["ev"] == "facts":
                 with os.fdopen(fds[0], "rb") as file:
                     facts = HostFacts.from_json(json.load(file))
                 self._control.settimeout(None)

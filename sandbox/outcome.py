@@ -55,8 +55,6 @@ class Seen:
     step_message: str = ""
     exec_errno: int = 0
     oom_kills: int = 0
-    kind: str = "program"
-    has_result: bool = False
 
 
 _LIMIT_TEXT = {
@@ -91,7 +89,7 @@ def classify(seen: Seen) -> Ending:
     if seen.exec_errno:
         code = 126 if seen.exec_errno in (13, 8, 20, 21, 40) else 127
         return Ending("tool_error", "tool", code, error_type="OSError", message="the program cannot be executed")
-    if code == 0 or (seen.kind == "function" and seen.has_result and code is not None):
+    if code == 0:
         return Ending("ok", "tool", code)
     return Ending("tool_error", "tool", code, number)
 

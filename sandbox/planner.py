@@ -213,9 +213,13 @@ def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFa
         fixes = [table[name].fix for name in missing if name in table and table[name].fix]
         names = [name for name in missing if name in table and name not in ("network", "gpu")]
         hints = list(dict.fromkeys(fixes))
-        if names:
+        # Without a jail there is nothing to accept less of.
+        if names and "processes" not in missing:
             hints.append(f"or accept less: best_effort = {sorted({*isolation.best_effort, *names})}")
-        text = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in missing.items():
+            by_reason.setdefault(reason, []).append(name)
+        text = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         raise Unenforceable(f"this host cannot enforce {text}", controls=missing, hint="; ".join(hints))
 
 

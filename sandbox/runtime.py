@@ -343,10 +343,11 @@ def outcome_of(job: Job, message: Mapping[str, Any]) -> Outcome:
         changes=_changes(message),
         denials=tuple(message.get("denials", ())),
     )
-    if job.request is None or outcome.ending.kind != "ok":
+    reply = sections.get("result", b"")
+    if job.request is None or outcome.ending.kind not in ("ok", "tool_error") or (not reply and not outcome.ok):
         return outcome
     try:
-        return replace(outcome, value=decode_reply(sections.get("result", b""), job.annotation))
+        return replace(outcome, value=decode_reply(reply, job.annotation))
     except ToolFailed as error:
         # The ending stays what the processes did; the function's own failure is the tool's.
         ending = replace(outcome.ending, kind="tool_error", error_type=error.type_name, message=error.message)

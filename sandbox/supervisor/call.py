@@ -301,8 +301,6 @@ class Call:
             step_message=self.failure.get("message", ""),
             exec_errno=self.exec_errno,
             oom_kills=int(stats.get("oom_kills", 0)),
-            kind="function" if "result" in self.pumps else "program",
-            has_result="result" in self.pumps and len(self.pumps["result"].kept) > 0,
         )
 
     def stats(self) -> dict[str, float | int]:

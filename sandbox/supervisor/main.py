@@ -21,7 +21,6 @@ def main(argv: list[str]) -> int:
     # The caller's terminal sends these to every process of its group; what they mean is the caller's to decide.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    process.set_not_dumpable()
     try:
         return asyncio.run(_run(control, Path(argv[1])))
     except SandboxError as error:
@@ -31,6 +30,8 @@ def main(argv: list[str]) -> int:
 
 async def _run(control: socket.socket, state: Path) -> int:
     supervisor = Supervisor(control, state)
+    # Only now: the probes fork, and a process that is not dumpable cannot write its own id maps.
+    process.set_not_dumpable()
     supervisor.prepare()
     await supervisor.serve()
     return 0

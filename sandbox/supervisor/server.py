@@ -85,10 +85,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._control.setblocking(False)
         assert self._zygote is not None
-        wire.send(self._control, {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._zygote.pid})
         facts = wire.memfd("facts", json.dumps(self.facts.to_json()).encode())
-        wire.send(self._control, {"ev": "facts"}, [facts])
-        os.close(facts)
+        hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._zygote.pid}
+        try:
+            wire.send(self._control, hello, [facts])
+        except (BrokenPipeError, ConnectionResetError):
+            self._closing.set()  # the caller went away while we started
+        finally:
+            os.close(facts)
         loop.add_reader(self._control, self._on_control)
         await self._closing.wait()
         loop.remove_reader(self._control)
