@@ -81,7 +81,9 @@ def test_control_characters_stay_data_in_json() -> None:
     assert json.loads(encode({"out": "\x1b[2J\r\n\x00"})) == {"out": "\x1b[2J\r\n\x00"}
 
 
-@pytest.mark.parametrize(("number", "text"), [(1e-5, b"0.00001"), (1e-7, b"1e-7"), (1.5e-300, b"1.5e-300"), (-0.0, b"0")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(1e-5, b"0.00001"), (1e-7, b"1e-7"), (1.5e-300, b"1.5e-300"), (-0.0, b"0")]
+)
 def test_floats_are_written_as_ecmascript_writes_them(number: float, text: bytes) -> None:
     assert encode([number, "x"]) == b"[" + text + b',"x"]'
 

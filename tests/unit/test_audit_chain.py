@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -362,3 +363,103 @@ def test_a_closed_chain_takes_no_more(tmp_path: Path) -> None:
     chain.close()
     with pytest.raises(AuditError, match="closed"):
         chain.append("notice", {})
+
+
+# Failing disks
+
+
+class Disk:
+    """Stands in for os.write, os.ftruncate and os.fdatasync; fails where told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = 1 << 40
+        self.truncates = self.syncs = True
+        self.synced = 0
+        self._write, self._ftruncate = os.write, os.ftruncate
+        for name in ("write", "ftruncate", "fdatasync"):
+            monkeypatch.setattr(f"sandbox.audit.chain.os.{name}", getattr(self, name))
+
+    def write(self, fd: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._write(fd, bytes(data[: self.room]))
+        self.room -= written
+        return written
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        if not self.truncates:
+            raise OSError(errno.EIO, "Input/output error")
+        self._ftruncate(fd, length)
+
+    def fdatasync(self, fd: int) -> None:
+        if not self.syncs:
+            raise OSError(errno.EIO, "Input/output error")
+        self.synced += 1
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.mark.parametrize("room", [0, 1, 700])
+def test_a_full_disk_is_told_and_leaves_what_was_there(room: int, disk: Disk, tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, 2)
+    before = (chain.path / "000001.jsonl").read_bytes()
+    disk.room = room
+    opened, closed = pair(7)
+    with pytest.raises(AuditError) as caught:
+        chain.append_opened(opened)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert "SANDBOX_STATE" in caught.value.hint
+    assert (chain.path / "000001.jsonl").read_bytes() == before
+    assert chain.open_records == frozenset()
+    disk.room = 1 << 40
+    chain.append_opened(opened)
+    chain.append_closed(closed)
+    chain.close()
+    assert verify_chain(chain.path).records == 3
+
+
+def test_remains_that_cannot_be_cut_off_stop_the_chain_until_they_can(disk: Disk, tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, 2)
+    disk.room, disk.truncates = 100, False
+    for room in (100, 1 << 40):
+        disk.room = room
+        with pytest.raises(AuditError):
+            chain.append_opened(pair(7)[0])
+    assert len(verify_chain(chain.path).torn) == 1
+    disk.truncates = True
+    chain.append_opened(pair(7)[0])
+    report = verify_chain(chain.path)
+    assert (report.entries, report.torn) == (5, ())
+
+
+def test_a_failed_sync_is_told(disk: Disk, tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, 1)
+    disk.syncs = False
+    with pytest.raises(AuditError, match="synced"):
+        chain.append_opened(pair(7)[0], durability="fsync")
+    disk.syncs = True
+    chain.append_closed(pair(7)[1], durability="fsync")
+    assert verify_chain(chain.path).records == 2
+
+
+def test_entries_waiting_for_the_disk_share_one_sync(disk: Disk, tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, 0)
+    chain.append_many([("opened", pair(number)[0]) for number in range(10)])
+    chain.sync()
+    chain.sync()
+    assert disk.synced == 1
+
+
+def test_a_chain_that_fails_before_its_first_entry_can_start_later(disk: Disk, tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, 0)
+    disk.room = 10
+    with pytest.raises(AuditError):
+        chain.append_opened(pair()[0])
+    disk.room = 1 << 40
+    chain.append_many([("opened", pair()[0]), ("closed", pair()[1])])
+    chain.close()
+    assert verify_chain(chain.path).is_clean
