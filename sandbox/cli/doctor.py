@@ -71,20 +71,25 @@ def _show(facts: HostFacts, table: dict[str, Control], short: list[str]) -> None
         grid.add_column(heading, overflow="fold")
     styles = {"full": "green", "partial": "yellow", "none": "red"}
     for name, control in table.items():
-        strength = " (polled)" if control.strength == "polled" else ""
-        grid.add_row(name, Text(control.level, style=styles[control.level]), control.mechanism + strength or "-")
+        grid.add_row(name, Text(control.level, style=styles[control.level]), control.mechanism or "-")
     console.print()
     console.print(grid)
-    for name, control in table.items():
-        if control.level != "full":
-            console.print()
-            console.print(Text(f"{name}: ", style=styles[control.level]).append(control.reason), soft_wrap=True)
-            if control.fix:
-                # A command to copy: never wrapped by us.
-                console.print(Text(f"  fix: {control.fix}"), soft_wrap=True)
     console.print()
+    for (reason, fix), names in _gaps(table).items():
+        console.print(Text(f"{', '.join(names)}: ", style="bold").append(reason, style="not bold"), soft_wrap=True)
+        # A command to copy: never wrapped by us.
+        console.print(Text(f"  fix: {fix}\n" if fix else ""), soft_wrap=True)
     verdict = f"not fully enforced here: {', '.join(short)}" if short else "calls run fully enforced on this host"
     console.print(Text(verdict, style="red" if short else "green"), soft_wrap=True)
+
+
+def _gaps(table: dict[str, Control]) -> dict[tuple[str, str], list[str]]:
+    """Controls that are less than full, those with the same reason and fix together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, control in table.items():
+        if control.level != "full":
+            found.setdefault((control.reason, control.fix), []).append(name)
+    return found
 
 
 def _summary(facts: HostFacts) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def test_full_enforcement_exits_0(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_control_exits_1_with_reason_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, replace(ORDINARY, systemd_user=host.Feature(True)))
     assert result.exit_code == 1
-    assert "memory: not ours" in result.output
+    assert "memory, cpu_time: not ours" in result.output
     assert "fix: systemd-run --user --scope -p Delegate=yes -- COMMAND" in result.output
     assert "not fully enforced here: memory, cpus, cpu_time" in result.output
 
