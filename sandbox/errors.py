@@ -125,5 +125,13 @@ class ChainBroken(AuditError):
         self.found = found
 
 
+class WorkspaceError(SandboxError):
+    """A workspace cannot be used, swept or committed; `conflicts` are (path, why) pairs that stand in the way."""
+
+    def __init__(self, message: str, *, conflicts: tuple[tuple[str, str], ...] = (), hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.conflicts = conflicts
+
+
 class InternalError(SandboxError):
     """Our bug. Please report it with the record id."""
