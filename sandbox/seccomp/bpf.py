@@ -47,7 +47,9 @@ def action_name(value: int) -> str:
         if value == number:
             return name
     if value & 0xFFFF_0000 == _ERRNO:
-        return errno.errorcode.get(value & 0xFFFF, str(value & 0xFFFF))
+        number = value & 0xFFFF
+        # Linux has one number for ENOTSUP and EOPNOTSUPP, and Python's table keeps the former.
+        return "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))
     return hex(value)
 
 

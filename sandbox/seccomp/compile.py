@@ -161,7 +161,7 @@ def verify(compiled: bytes, policy: Mapping[str, Any], arch: str) -> None:
 
 def _compare(code: Sequence[bpf.Instruction], token: int, nr: int, args: Sequence[int], expected: str) -> None:
     found = bpf.simulate(code, token, nr, args).action
-    if found != expected:
+    if found != bpf.action_name(bpf.return_value(expected)):
         shown = ", ".join(f"{arg:#x}" for arg in args)
         raise InternalError(
             f"seccomp filter says {found} to call {nr}({shown}) of {token:#x}, the policy says {expected}",

@@ -202,7 +202,8 @@ def _guards() -> dict[str, Guard]:
         # ENOSYS and not EPERM: libc and `setarch` users carry on without it.
         "personality": _only(0, _LOW_32, PERSONALITIES, "ENOSYS"),
         "socket": _socket_guard(),
-        "socketpair": _socket_guard(),
+        # Only these come in pairs; for any other family it is the kernel's own answer, after it made two sockets.
+        "socketpair": _only(0, _LOW_32, [AF_UNIX], "EOPNOTSUPP"),
     }
 
 
