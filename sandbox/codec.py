@@ -118,11 +118,11 @@ def decode_reply(data: bytes, annotation: Any = Any, *, limits: Mapping[str, int
     Raises ToolFailed for the tool's exception, for a result that could not leave or does not fit the annotation, and
     its subclass CodecError for bytes that are no reply.
     """
-    value = parse(data, limits)
-    if isinstance(value, ToolError):
-        raise _tool_failed(value)
+    parsed = parse(data, limits)
+    if isinstance(parsed, ToolError):
+        raise _tool_failed(parsed)
     try:
-        return rebuild(value, annotation)
+        return rebuild(parsed.value, annotation, has_objects=parsed.has_objects)
     except Mismatch as mismatch:
         raise ToolFailed(
             f"the tool's result does not fit its return annotation: {mismatch}",

@@ -23,16 +23,18 @@ _PROMOTED: dict[type, tuple[type, ...]] = {float: (int,), complex: (int, float)}
 _BUILTINS = (str, int, float, bytes, bytearray, list, tuple, dict, set, frozenset)
 # numpy scalars stand for Python's: functions declared `-> int` return numpy's integers all the time.
 _NUMPY_KINDS = {int: "iu", float: "iuf", bool: "b", complex: "iufc", bytes: "S", str: "U"}
-_STEPS_MAX = 5_000_000
+_STEPS_MAX = 4_000_000
 
 
 class Mismatch(ValueError):
     """The result is not what the annotation says; `where` is the path to the part that differs."""
 
-    def __init__(self, reason: str, where: str = "") -> None:
+    def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.where = where
+        self.where = ""
+        # Whether another member of a union is not worth trying.
+        self.final = final
 
     def __str__(self) -> str:
         return f"{self.reason} (at result{self.where})"
@@ -71,22 +73,23 @@ def return_annotation(func: Callable[..., Any]) -> Any:
     return hints["return"]
 
 
-def rebuild(value: Any, annotation: Any) -> Any:
-    """Return `value` as `annotation` declares it. Raises Mismatch."""
-    return _Rebuilder().build(value, annotation)
+def rebuild(value: Any, annotation: Any, *, has_objects: bool = True) -> Any:
+    """Return `value` as `annotation` declares it. Raises Mismatch. `has_objects`: it has `Encoded` somewhere."""
+    return _Rebuilder(has_objects).build(value, annotation)
 
 
 class _Rebuilder:
     """One rebuild. Counts its steps: a union of overlapping containers could otherwise be tried for ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_objects: bool) -> None:
+        self._has_objects = has_objects
         self._steps_left = _STEPS_MAX
         self._hints: dict[type, dict[str, Any]] = {}
 
     def build(self, value: Any, annotation: Any) -> Any:
         self._steps_left -= 1
         if self._steps_left < 0:
-            raise Mismatch("the result is too large to be checked against its annotation")
+            raise Mismatch("the result is too large to be checked against its annotation", final=True)
         if annotation is Any or annotation is object or isinstance(annotation, Unresolved):
             return self._untyped(value, annotation)
         if annotation is None:
@@ -98,6 +101,8 @@ class _Rebuilder:
         return self._special(value, annotation)
 
     def _untyped(self, value: Any, annotation: Any) -> Any:
+        if not self._has_objects:
+            return value
         if isinstance(value, Encoded):
             if isinstance(annotation, Unresolved):
                 raise Mismatch(f"its annotation {annotation.text!r} cannot be evaluated ({annotation.reason})")
@@ -137,6 +142,8 @@ class _Rebuilder:
             try:
                 return self.build(value, option)
             except Mismatch as mismatch:
+                if mismatch.final:
+                    raise
                 reasons.append(mismatch)
         deepest = max(reasons, key=lambda mismatch: len(mismatch.where))
         if deepest.where:
@@ -186,8 +193,7 @@ class _Rebuilder:
     def _entries(self, values: dict[Any, Any], key_annotation: Any, annotation: Any) -> dict[Any, Any]:
         built = {}
         for key, item in values.items():
-            name = f"[{key!r}]"[:80] if type(key) in _SIMPLE else "[...]"
-            built[self._at(key, key_annotation, ".keys()")] = self._at(item, annotation, name)
+            built[self._at(key, key_annotation, ".keys()")] = self._at(item, annotation, f"[{_short(key)}]")
         return built
 
     def _at(self, value: Any, annotation: Any, step: str) -> Any:
@@ -198,7 +204,7 @@ class _Rebuilder:
             raise
 
     def _of_class(self, value: Any, cls: type) -> Any:
-        if typing.is_typeddict(cls):
+        if hasattr(cls, "__required_keys__") and hasattr(cls, "__total__"):  # a TypedDict, of any library
             return self._typed_dict(value, cls)
         if isinstance(value, Encoded):
             return self._object(value, cls)
@@ -217,7 +223,7 @@ class _Rebuilder:
         if type(value) is not dict:
             raise Mismatch(f"{_what(value)} is not a {_name(cls)}")
         hints = self._hints_of(cls)
-        missing = sorted(cls.__required_keys__ - set(value))
+        missing = sorted(key for key in _required(cls) if key not in value)
         unknown = sorted(map(repr, set(value) - set(hints))) if hints else []
         if missing or unknown:
             raise Mismatch(f"a {_name(cls)} with {'missing' if missing else 'unknown'} keys {missing or unknown}")
@@ -251,6 +257,21 @@ class _Rebuilder:
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise Mismatch(f"{_name(cls)} does not accept it: {type(error).__name__}: {error}"[:2000]) from error
         raise Mismatch(f"a {value.label} is not a {_name(cls)}")
+
+
+def _required(cls: Any) -> set[str]:
+    """The keys a TypedDict must have. `__required_keys__` overlooks Required[] under postponed annotations."""
+    required = set(cls.__required_keys__)
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except (NameError, AttributeError, TypeError, SyntaxError, ValueError):
+        return set()
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is typing.NotRequired:
+            required.discard(name)
+        elif typing.get_origin(hint) is typing.Required:
+            required.add(name)
+    return required
 
 
 def _member(cls: Any, fields: dict[str, Any]) -> Any:
@@ -315,5 +336,13 @@ def _what(value: Any) -> str:
         return f"a {value.label}"
     if value is None:
         return "None"
-    text = repr(value) if type(value) in (str, int, float, bool) else ""
-    return f"{type(value).__qualname__} {text}" if text and len(text) < 60 else f"a {type(value).__qualname__}"
+    text = _short(value)
+    return f"a {type(value).__qualname__}" if text == "..." else f"{type(value).__qualname__} {text}"
+
+
+def _short(value: Any) -> str:
+    """A simple value's repr if it is short; asking a large int for one raises ValueError (over 4300 digits)."""
+    if type(value) not in _SIMPLE or (type(value) is int and value.bit_length() > 128):
+        return "..."
+    text = repr(value[:60] if isinstance(value, str | bytes) else value)
+    return text if len(text) < 60 else "..."

@@ -78,20 +78,28 @@ class ToolError:
     exit_code: int | None = None
 
 
-def parse(data: bytes, limits: Mapping[str, int] = LIMITS) -> Any:
-    """Return the value in `data`, with `Encoded` in place of objects, or a `ToolError`. Raises CodecError."""
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A value; `has_objects`: some part of it is `Encoded`, so that it needs an annotation."""
+
+    value: Any
+    has_objects: bool
+
+
+def parse(data: bytes, limits: Mapping[str, int] = LIMITS) -> Parsed | ToolError:
+    """Return what the container holds. Raises CodecError."""
     header, buffers = _split(data, limits)
     if not isinstance(header, dict) or len(header) != 1:
         raise CodecError("the header is not an object with one key")
     ((key, content),) = header.items()
     if key == "json" and not buffers:
-        return content
+        return Parsed(content, has_objects=False)
     try:
         if key == "tree":
             reader = _Reader(buffers, limits)
             value = reader.node(content)
             reader.finish()
-            return value
+            return Parsed(value, reader.has_objects)
         if key == "error" and not buffers:
             return _tool_error(content)
     except _BROKEN as error:
@@ -154,6 +162,7 @@ class _Reader:
         self._buffers = buffers
         self._at = 0
         self._keys_left = limits["keys"]
+        self.has_objects = False
 
     def finish(self) -> None:
         if self._at != len(self._buffers):
@@ -300,6 +309,7 @@ def _read_purepath(reader: _Reader, node: Any) -> Any:
 
 
 def _read_enum(reader: _Reader, label: str, name: str | None, *value: Any) -> Encoded:
+    reader.has_objects = True
     fields = [("name", name), *(("value", reader.node(node)) for node in value[:1])]
     return Encoded("enum", str(label)[:300], tuple(fields))
 
@@ -307,6 +317,7 @@ def _read_enum(reader: _Reader, label: str, name: str | None, *value: Any) -> En
 def _read_object(reader: _Reader, kind: str, label: str, *items: Any) -> Encoded:
     if kind not in ("dataclass", "namedtuple", "model", "url") or len(items) % 2:
         raise CodecError("an object of an unknown kind")
+    reader.has_objects = True
     flat = [reader.text(item) if at % 2 == 0 else reader.node(item) for at, item in enumerate(items)]
     return Encoded(kind, str(label)[:300], tuple(zip(flat[::2], flat[1::2], strict=True)))
 
@@ -378,12 +389,11 @@ def _index(reader: _Reader, kind: str, *parts: Any) -> Any:
     return _pandas().Index(values, dtype=dtype or None, name=reader.node(name))
 
 
-def _read_frame(reader: _Reader, names: Any, index: list[Any], rows: int, *columns: Any) -> Any:
+def _read_frame(reader: _Reader, names: list[Any], index: list[Any], rows: int, *columns: Any) -> Any:
     # The order of reading is the order of writing: columns, then names, then index (see `encode._write_frame`).
     read = [_column(reader, dtype, node, rows) for dtype, node in columns]
-    labels = reader.node(names)
     table = _pandas().DataFrame(dict(enumerate(read)), index=_pandas().RangeIndex(rows))
-    table.columns = _pandas().Index(labels, dtype=None if labels else object)
+    table.columns = _index(reader, *names)
     table.index = _index(reader, *index)
     return table
 
