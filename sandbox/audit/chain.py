@@ -24,6 +24,7 @@ from sandbox.audit.entry import ENTRY_MAX_BYTES, FIRST_SEQ, EntryKind, genesis, 
 from sandbox.errors import AuditError
 
 SEGMENT_MAX_BYTES = 16 * 1024 * 1024
+OWED_MAX = 1000
 LOCK = "lock"
 CLEAN = "clean"
 
@@ -67,6 +68,7 @@ class Chain:
         self._dirty = False
         self._closed = False
         self._synced_seq = FIRST_SEQ - 1
+        self._owed: dict[str, Mapping[str, Any]] = {}
         self._write_lock = Lock()
         self._sync_lock = Lock()
 
@@ -111,29 +113,49 @@ class Chain:
     def append_many(
         self, entries: Iterable[tuple[EntryKind, Mapping[str, Any]]], *, durability: Durability = "flush"
     ) -> list[Appended]:
-        """Add entries with one write and at most one fsync: all of them, or none and AuditError."""
+        """Add entries with one write and at most one fsync: all of them, or none and AuditError.
+
+        A closed entry that the disk refused is owed: it is written with the next append, or at `close`, so that a
+        call whose end was seen is not called lost later. Appending it again replaces what is owed.
+        """
         with self._write_lock:
             if self._closed:
                 raise AuditError(f"chain {self.chain_id} is closed")
-            start = self._position
-            lines, appended, seq, head, still_open = [], [], start.seq, start.hash, set(start.open_records)
-            for kind, record in entries:
-                _check_pairing(kind, str(record.get("record_id", "")), still_open)
-                line, head = seal(record, kind, self.chain_id, seq + 1, head)
-                if len(line) > ENTRY_MAX_BYTES:
-                    raise AuditError(f"an entry of {len(line)} bytes is over the limit of {ENTRY_MAX_BYTES}")
-                seq += 1
-                lines.append(line)
-                appended.append(Appended(seq, head, line))
-            try:
-                self._write(b"".join(lines))
-            except OSError as err:
-                raise self._failed(err) from err
-            end = self._position
-            self._position = Position(seq, head, end.segment_nr, end.size_bytes, frozenset(still_open))
+            appended = self._append([(kind, record) for kind, record in entries])
         if durability == "fsync":
             self.sync()
         return appended
+
+    def _append(self, entries: list[tuple[EntryKind, Mapping[str, Any]]]) -> list[Appended]:
+        closing = {str(record.get("record_id", "")): record for kind, record in entries if kind == "closed"}
+        retried = (record for name, record in self._owed.items() if name not in closing)
+        owed: list[tuple[EntryKind, Mapping[str, Any]]] = [("closed", record) for record in retried]
+        lines, appended, end = self._seal([*owed, *entries])
+        try:
+            self._write(b"".join(lines))
+        except OSError as err:
+            ended = {name: record for name, record in closing.items() if name in self._position.open_records}
+            if len(self._owed) + len(ended) <= OWED_MAX:
+                self._owed.update(ended)
+            raise self._failed(err) from err
+        self._owed.clear()
+        at = self._position
+        self._position = Position(end.seq, end.hash, at.segment_nr, at.size_bytes, end.open_records)
+        return appended[len(owed) :]
+
+    def _seal(self, entries: list[tuple[EntryKind, Mapping[str, Any]]]) -> tuple[list[bytes], list[Appended], Position]:
+        """The lines of entries that would follow, and where the chain would end. Changes nothing."""
+        seq, head, still_open = self._position.seq, self._position.hash, set(self._position.open_records)
+        lines, appended = [], []
+        for kind, record in entries:
+            _check_pairing(kind, str(record.get("record_id", "")), still_open)
+            line, head = seal(record, kind, self.chain_id, seq + 1, head)
+            if len(line) > ENTRY_MAX_BYTES:
+                raise AuditError(f"an entry of {len(line)} bytes is over the limit of {ENTRY_MAX_BYTES}")
+            seq += 1
+            lines.append(line)
+            appended.append(Appended(seq, head, line))
+        return lines, appended, Position(seq, head, open_records=frozenset(still_open))
 
     def sync(self) -> None:
         """Return when everything appended before this call is on the disk; concurrent callers share one fdatasync.
@@ -163,11 +185,13 @@ class Chain:
                 return
             self._closed = True
             try:
+                if self._owed:
+                    self._append([])
                 if self._segment_fd >= 0 and not self._position.open_records:
                     self._take_back()
                     self._mark_clean()
-            except OSError:
-                pass  # The disk is full or gone: the chain stays in `live/`, and the next start marks it.
+            except (OSError, AuditError):
+                pass  # The disk is full or gone: the chain stays in `live/`, and the next start finishes it.
             finally:
                 for fd in (self._segment_fd, self._dir_fd, self._lock_fd):
                     if fd >= 0:

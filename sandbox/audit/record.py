@@ -184,7 +184,7 @@ def lost_record(opened: Mapping[str, Any], facts: RecoveryFacts) -> dict[str, An
     ending = {
         "kind": "lost",
         "fault": "host" if restarted else "us",
-        "message": f"{why} before the call ended; nothing is known about what the tool did",
+        "message": f"{why} before the call's end was on record; nothing is known about what the tool did",
     }
     return closed_record(opened, Closing(time_end=facts.now, duration_s=None, ending=ending))
 

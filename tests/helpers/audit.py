@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from sandbox.audit.chain import Chain
 from sandbox.audit.record import Closing, Opening, closed_record, opened_record, uuid7
@@ -99,3 +102,29 @@ def write_chain(state: Path, count: int, *, chain_id: str = "chain-1", segment_m
         chain.append_opened(opened)
         chain.append_closed(closed)
     return chain
+
+
+def die(chain: Chain) -> None:
+    """What the kernel does when the owner is killed: its descriptors close, nothing else happens."""
+    for name in ("_segment_fd", "_dir_fd", "_lock_fd"):
+        if getattr(chain, name) >= 0:
+            os.close(getattr(chain, name))
+        setattr(chain, name, -1)
+    chain._closed = True
+
+
+@pytest.fixture(autouse=True)
+def no_chain_stays_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets tests leave a chain as a running supervisor would, without leaking its descriptors."""
+    made: list[Chain] = []
+    make = Chain.__init__
+
+    def note(self: Chain, *args: Any, **options: Any) -> None:
+        made.append(self)
+        make(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chain, "__init__", note)
+        yield
+    for chain in made:
+        die(chain)

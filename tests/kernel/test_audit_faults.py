@@ -40,11 +40,10 @@ for number in range(1000):
     except AuditError as err:
         failure = err.__cause__.errno
         break
+was_open = len(chain.open_records)
 full = verify_chain(chain.path)
 stored = [entry["integrity"]["hash"] for entry in iter_entries(chain.path)]
 ballast.unlink()
-if chain.open_records:
-    chain.append_closed(closed, durability="fsync")
 opened, closed = pair(2000)
 chain.append_opened(opened, durability="fsync")
 chain.append_closed(closed, durability="fsync")
@@ -52,7 +51,7 @@ chain.close()
 after = verify_chain(chain.path)
 print(json.dumps({
     "errno": failure, "acknowledged": len(acknowledged), "same": stored == acknowledged, "torn": full.torn,
-    "more": after.entries - full.entries, "open": after.open_records, "clean": after.is_clean,
+    "more": after.entries - full.entries - was_open, "open": after.open_records, "clean": after.is_clean,
 }))
 """
 
@@ -96,7 +95,7 @@ def test_a_full_disk_is_told_damages_nothing_and_ends_when_there_is_room(durabil
     assert facts["acknowledged"] > 4
     assert facts["same"]
     assert facts["torn"] == []
-    assert facts["more"] in (2, 3)
+    assert facts["more"] == 2
     assert facts["open"] == []
     assert facts["clean"]
 

@@ -23,7 +23,9 @@ from sandbox.audit.chain import Chain
 from sandbox.audit.entry import ENTRY_MAX_BYTES, genesis
 from sandbox.audit.verify import verify_chain, verify_file, verify_paths, verify_state
 from sandbox.errors import AuditError, ChainBroken
-from tests.helpers.audit import OK, pair, record_id, write_chain
+from tests.helpers.audit import OK, die, no_chain_stays_open, pair, record_id, write_chain
+
+__all__ = ["no_chain_stays_open"]  # a fixture for every test here
 
 RECORDS = 6
 HERE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
@@ -38,7 +40,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chain of twelve entries in several segments, never marked clean: its owner is gone."""
     state = tmp_path_factory.mktemp("state")
     chain = write_chain(state, RECORDS, segment_max_bytes=8000)
-    os.close(chain._lock_fd)
+    die(chain)
     assert len(list(chain.path.glob("*.jsonl"))) > 3
     return chain.path
 
@@ -420,6 +422,28 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(room: int, disk: Disk, tm
     chain.append_closed(closed)
     chain.close()
     assert verify_chain(chain.path).records == 3
+
+
+@pytest.mark.parametrize("how", ["next call", "again", "close"])
+def test_an_end_that_the_disk_refused_is_written_when_there_is_room(how: str, disk: Disk, tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, 1)
+    opened, closed = pair(7)
+    chain.append_opened(opened)
+    disk.room = 50
+    for _ in range(2):
+        with pytest.raises(AuditError):
+            chain.append_closed(closed)
+    with pytest.raises(AuditError):
+        chain.append_opened(pair(8)[0])
+    disk.room = 1 << 40
+    if how == "next call":
+        done = chain.append_many([("opened", pair(8)[0]), ("closed", pair(8)[1])])
+        assert [entry.seq for entry in done] == [5, 6]
+    elif how == "again":
+        assert chain.append_closed(closed).seq == 4
+    chain.close()
+    report = verify_chain(chain.path)
+    assert (report.entries, report.open_records, report.is_clean) == (6 if how == "next call" else 4, (), True)
 
 
 def test_remains_that_cannot_be_cut_off_stop_the_chain_until_they_can(disk: Disk, tmp_path: Path) -> None:

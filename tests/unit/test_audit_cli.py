@@ -11,7 +11,9 @@ from typer.testing import CliRunner, Result
 from sandbox.audit.chain import Chain
 from sandbox.audit.record import closed_record, opened_record
 from sandbox.cli.audit import app
-from tests.helpers.audit import closing, opening, pair, record_id, write_chain
+from tests.helpers.audit import closing, no_chain_stays_open, opening, pair, record_id, write_chain
+
+__all__ = ["no_chain_stays_open"]  # a fixture for every test here
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J[red]x[/red]\r\n018bcfe5 forged line\u202e\x9b31m"
 

@@ -16,15 +16,11 @@ from sandbox.audit.recover import recover
 from sandbox.audit.store import Store, find, iter_entries, latest, list_chains, new_chain_id, state_dir
 from sandbox.audit.verify import verify_chain, verify_state
 from sandbox.errors import AuditError
-from tests.helpers.audit import pair, record_id, write_chain
+from tests.helpers.audit import die, no_chain_stays_open, pair, record_id, write_chain
+
+__all__ = ["no_chain_stays_open"]  # a fixture for every test here
 
 NOW = RecoveryFacts("2026-11-22T00:00:00.000000Z", "boot-1")
-
-
-def die(chain: Chain) -> None:
-    """What the kernel does when the owner is killed: its descriptors close, nothing else happens."""
-    for fd in (chain._segment_fd, chain._dir_fd, chain._lock_fd):
-        os.close(fd)
 
 
 def abandoned(state: Path, *, open_records: int = 2, chain_id: str = "chain-1") -> Path:
