@@ -86,6 +86,11 @@ class Resolved:
         value = getattr(getattr(self.manifest, found.section), found.field)
         return f"{key} = {format_value(found, value)} ({self.origins.get(key, 'default')})"
 
+    def widenings(self, other: Resolved) -> list[str]:
+        """The keys in which this permits more than `other`; empty: it only narrows."""
+        mine, theirs = from_manifest(self.manifest, "manifest"), from_manifest(other.manifest, "manifest")
+        return list(dict.fromkeys(widening.key for widening in widenings(mine, theirs)))
+
     def __repr__(self) -> str:
         return f"<Resolved {self.profile or 'manifest'} {self.digest[:19]}>"
 

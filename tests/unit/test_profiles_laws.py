@@ -1,0 +1,278 @@
+"""The laws of merging, narrowing and the ceiling, over generated profiles.
+
+Rights are judged by a second, naive reading of a manifest: which of a fixed set of probes (read this path, connect
+to that host, pass this variable …) it permits. The laws then speak of sets, not of our own containment code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandbox.errors import ManifestError
+from sandbox.manifest import Manifest
+from sandbox.profile_layers import Layer, complete, from_manifest, merge, normalise, to_manifest
+from sandbox.profile_narrow import apply_ceiling, widenings
+from sandbox.profile_parse import NOT_IN_CEILING, Source, parse_layer
+from sandbox.profile_schema import to_file_form
+
+BASE = Path("/law")  # nothing is there: these laws never look at files
+PATHS = ["/law/a", "/law/a/b", "/law/a/b/c", "/law/a/d", "/law/e", "/law/e/b"]
+PATTERNS = ["/law/a/b", "/law/e", "**/b", "/law/*/d", "**/c"]
+HOSTS = ["x.k.org:443", "y.k.org:443", "x.y.k.org:443", "x.k.org:22", "k.org:443", "10.1.2.3:443"]
+RULES = ["x.k.org:443", "x.k.org:*", "*.k.org:443", "**.k.org:443", "**.y.k.org:*", "10.1.0.0/16:443", "10.0.0.0/8:*"]
+NAMES = ["A", "B", "C"]
+CONTROLS = ["memory", "cpus", "io"]
+
+
+def some(values: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(values), max_size=3, unique=True)
+
+
+def sizes(*, unlimited: bool = False) -> st.SearchStrategy[str]:
+    numbers = st.sampled_from(["1MiB", "1024KiB", "2MiB", "5MB", "1GiB"])
+    return numbers | st.just("unlimited") if unlimited else numbers
+
+
+def section(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=keys)
+
+
+def shape(*, ceiling: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+    filesystem = {"read": some(PATHS), "write": some([*PATHS, ":workspace"]), "deny": some(PATTERNS)}
+    environment: dict[str, st.SearchStrategy[Any]] = {"allow": some(NAMES)}
+    if not ceiling:
+        filesystem["workspace"] = st.sampled_from([*PATHS, ""])
+        environment["set"] = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["1", "2"]), max_size=2)
+    modes = st.sampled_from(["none", "allowlist"])
+    return section(
+        filesystem=section(**filesystem),
+        network=section(mode=modes) | section(allow=some(RULES), upload_max=sizes(unlimited=True)),
+        resources=section(memory=sizes(), pids=st.integers(1, 9), io=st.sampled_from(["1MiB/s", "unlimited"])),
+        gpu=section(count=st.integers(0, 3)),
+        environment=section(**environment),
+        process=section(warm=st.booleans(), allow_exec=some(["/law/a", "/law/a/b", "/law/e"])),
+        audit=section(capture=some(["args", "output"]), durability=st.sampled_from(["fsync", "flush"])),
+        isolation=section(best_effort=some(CONTROLS)) | section(required=some(CONTROLS)),
+    )
+
+
+def parse(table: dict[str, Any], *, ceiling: bool = False) -> Layer:
+    return parse_layer(table, Source("law", BASE, ceiling=ceiling))
+
+
+def whole(layer: Layer) -> Layer:
+    return normalise(complete(layer))[0]
+
+
+def sound(layer: Layer) -> bool:
+    """Whether it is a manifest at all: a write grant in a denied tree is an error, which grants nothing."""
+    try:
+        to_manifest(layer)
+    except ManifestError:
+        return False
+    return True
+
+
+def capped(layer: Layer, ceiling: Layer) -> Layer | None:
+    """The layer under the ceiling; None where it is refused."""
+    try:
+        return normalise(apply_ceiling(layer, ceiling)[0])[0]
+    except ManifestError:
+        return None
+
+
+def rights(layer: Layer) -> set[tuple[Any, ...]]:
+    """What a manifest permits, by trying each probe against each entry the slow and obvious way."""
+    manifest = to_manifest(layer)
+    fs, limits, isolation = manifest.filesystem, manifest.resources, manifest.isolation
+    written = [*fs.write, *([fs.workspace] if fs.workspace_mode == "rw" else [])]
+    read = [*fs.read, *written, *([fs.workspace] if fs.workspace else [])]
+    found: set[tuple[Any, ...]] = set()
+    for probe in [*PATHS, "/law/a/b/c/x", "/law"]:
+        if any(denies(pattern, probe) for pattern in fs.deny):
+            continue
+        found |= {("read", probe) for tree in read if under(probe, tree)}
+        found |= {("write", probe) for tree in written if under(probe, tree)}
+    found |= {("host", host) for host in HOSTS for rule in manifest.network.allow if connects(rule, host)}
+    programs = manifest.process.allow_exec
+    found |= {("exec", p) for p in PATHS if programs is None or any(under(p, tree) for tree in programs)}
+    found |= {("env", name) for name in manifest.environment.allow}
+    found |= {("set", *pair) for pair in manifest.environment.set.items()}
+    found |= {("memory", n) for n in (1 << 20, 2 << 20, 5_000_000, 512 << 20, 1 << 30) if n <= limits.memory_bytes}
+    found |= {("pids", n) for n in (*range(1, 10), 64) if n <= limits.pids}
+    found |= {("io", n) for n in (1 << 20, 1 << 40) if limits.io_bytes_per_s is None or n <= limits.io_bytes_per_s}
+    up = manifest.network.upload_max_bytes
+    found |= {("upload", n) for n in (1 << 20, 1 << 24, 1 << 30, 1 << 40) if up is None or n <= up}
+    found |= {("gpu", n) for n in range(1, 4) if n <= manifest.gpu.count}
+    found |= {("capture", what) for what in manifest.audit.capture}
+    found |= {("weaker", control) for control in isolation.best_effort}
+    found |= {("not required", control) for control in CONTROLS if control not in isolation.required}
+    found |= {("warm",)} if manifest.process.warm else set()
+    found |= {("flush",)} if manifest.audit.durability == "flush" else set()
+    return found
+
+
+def under(path: str, tree: str) -> bool:
+    return tree.startswith("/") and (path + "/").startswith(tree + "/")
+
+
+def denies(pattern: str, path: str) -> bool:
+    parts, wanted = path[1:].split("/"), pattern.removeprefix("**/").removeprefix("/").split("/")
+    starts = range(len(parts)) if pattern.startswith("**/") else [0]
+    return any(
+        len(parts) - start >= len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts[start:], strict=False))
+        for start in starts
+    )
+
+
+def connects(rule: str, host: str) -> bool:
+    name, port = rule.rsplit(":", 1)
+    to_name, to_port = host.rsplit(":", 1)
+    if port not in ("*", to_port):
+        return False
+    if "/" in name:
+        octets = int(name.split("/")[1]) // 8
+        return name.split(".")[:octets] == to_name.split(".")[:octets]
+    extra = to_name.removesuffix(name.lstrip("*"))
+    if name.startswith("**."):
+        return to_name.endswith(name[2:]) and extra != ""
+    return (to_name.endswith(name[1:]) and extra != "" and "." not in extra) if "*" in name else name == to_name
+
+
+@given(shape())
+def test_merging_the_same_profile_twice_changes_nothing(table: dict[str, Any]) -> None:
+    layer = parse(table)
+    assert merge(layer, layer).lists == layer.lists
+    assert merge(layer, layer).scalars == layer.scalars
+
+
+@given(shape(), shape(), shape())
+def test_merging_is_associative(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> None:
+    one, two, three = parse(a), parse(b), parse(c)
+    left, right = merge(merge(one, two), three), merge(one, merge(two, three))
+    assert (left.lists, left.scalars) == (right.lists, right.scalars)
+
+
+@given(shape(), shape())
+@settings(max_examples=400)
+def test_no_widening_means_no_new_right(a: dict[str, Any], b: dict[str, Any]) -> None:
+    inner, outer = whole(merge(parse(b), parse(a))), whole(parse(b))
+    if sound(inner) and sound(outer) and not widenings(inner, outer):
+        assert rights(inner) <= rights(outer)
+
+
+@given(shape(), shape())
+@settings(max_examples=400)
+def test_a_widening_is_only_reported_where_something_is_wider(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Not every widening shows in the probes, but what is left unchanged must never be reported."""
+    layer = whole(parse(a))
+    assert widenings(layer, layer) == []
+    other = whole(parse(b))
+    if not widenings(layer, other) and not widenings(other, layer) and sound(layer) and sound(other):
+        assert rights(layer) == rights(other)
+
+
+@given(shape(), shape(ceiling=True))
+@settings(max_examples=400)
+def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(a: dict[str, Any], c: dict[str, Any]) -> None:
+    layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
+    if not sound(layer) or (under_it := capped(layer, ceiling)) is None:
+        return
+    assert sound(under_it)
+    assert widenings(under_it, layer) == []
+    assert rights(under_it) <= rights(layer)
+    left = rights(under_it)
+    named = rights(whole(replace(ceiling, lists={k: v for k, v in ceiling.lists.items() if k != "filesystem.deny"})))
+    if "filesystem.write" in ceiling.lists:
+        assert {r for r in left if r[0] == "write"} <= named
+    if "filesystem.read" in ceiling.lists:
+        assert {r for r in left if r[0] == "read"} <= named
+    for key, kind in (("network.allow", "host"), ("environment.allow", "env"), ("isolation.best_effort", "weaker")):
+        if key in ceiling.lists:
+            assert {r for r in left if r[0] == kind} <= named
+
+
+@given(shape(), shape(ceiling=True))
+@settings(max_examples=300)
+def test_a_ceiling_takes_no_more_than_it_must(a: dict[str, Any], c: dict[str, Any]) -> None:
+    """What both the layer and the ceiling permit is still permitted, paths and hosts among it."""
+    layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
+    if not sound(layer) or (under_it := capped(layer, ceiling)) is None:
+        return
+    whole_ceiling = whole(ceiling)
+    if not sound(whole_ceiling):
+        return
+    both = rights(layer) & rights(whole_ceiling)
+    kinds = {"read", "host", "env", "memory", "pids", "io"} | (
+        {"write"} if "filesystem.write" in ceiling.lists else set()
+    )
+    assert {right for right in both if right[0] in kinds} <= rights(under_it)
+
+
+@given(shape(), shape(ceiling=True))
+def test_a_ceiling_is_idempotent(a: dict[str, Any], c: dict[str, Any]) -> None:
+    layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
+    once = capped(layer, ceiling) if sound(layer) else None
+    if once is not None:
+        twice = capped(once, ceiling)
+        assert twice is not None
+        assert to_manifest(twice) == to_manifest(once)
+
+
+@given(shape(), shape(ceiling=True), shape(ceiling=True))
+@settings(max_examples=300)
+def test_ceilings_commute(a: dict[str, Any], c: dict[str, Any], d: dict[str, Any]) -> None:
+    layer, one, other = whole(parse(a)), parse(c, ceiling=True), parse(d, ceiling=True)
+    if not sound(layer):
+        return
+    first, second = capped(layer, one), capped(layer, other)
+    left = capped(first, other) if first else None
+    right = capped(second, one) if second else None
+    assert (left is None) == (right is None)
+    if left is not None and right is not None:
+        assert widenings(left, right) == []
+        assert widenings(right, left) == []
+        assert rights(left) == rights(right)
+
+
+@given(shape(), shape(), shape(ceiling=True))
+@settings(max_examples=300)
+def test_a_ceiling_commutes_with_narrowing(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> None:
+    """Narrower before the ceiling is narrower after it."""
+    layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
+    narrow = {name: {k: v for k, v in body.items() if f"{name}.{k}" not in NOT_IN_CEILING} for name, body in b.items()}
+    narrower = capped(layer, parse(narrow, ceiling=True)) if sound(layer) else None
+    if narrower is None:
+        return
+    high, low = capped(layer, ceiling), capped(narrower, ceiling)
+    assert high is None or low is not None
+    if high is not None and low is not None:
+        assert rights(low) <= rights(high)
+
+
+@given(shape(), some(PATTERNS))
+def test_adding_a_deny_never_grants(a: dict[str, Any], deny: list[str]) -> None:
+    layer = parse(a)
+    denied = whole(merge(layer, parse({"filesystem": {"deny": deny}})))
+    if sound(denied):
+        assert widenings(denied, whole(layer)) == []
+        assert rights(denied) <= rights(whole(layer))
+
+
+@given(shape())
+def test_resolving_what_is_resolved_changes_nothing(a: dict[str, Any]) -> None:
+    layer = whole(parse(a))
+    if not sound(layer):
+        return
+    manifest = to_manifest(layer)
+    again = whole(from_manifest(manifest, "manifest"))
+    assert to_manifest(again) == manifest
+    assert to_manifest(again).digest == manifest.digest
+    written = whole(parse(to_file_form(manifest)))
+    assert to_manifest(written) == manifest
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
