@@ -23,6 +23,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ SYS_MOUNT_SETATTR = 442
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 
-USER_NAME = "agent"
+USER_NAME = "rome"
 HOME = Path("/home") / USER_NAME
 ROOT_UID_FOR_AGENT = 61000  # as root: a uid that no account of Debian's has
 TASKS_MAX = 300  # of the agent, all together: what bounds a fork bomb that nothing else stops
@@ -194,8 +195,10 @@ def make_root(root: Path, setting: Setting, agent_uid: int) -> None:
     for name, size in (("tmp", TMP_SIZE), (str(HOME)[1:], HOME_SIZE)):
         (root / name).mkdir(parents=True)
         mount("tmpfs", root / name, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode=1777")
-    (root / "var").mkdir()
-    (root / "var" / "tmp").symlink_to("/tmp")
+    # No link may stand where a tree is shown later: it would lead out of the new root, to the host's own directory.
+    (root / "var" / "tmp").mkdir(parents=True, mode=0o1777)
+    if any(is_below(tree, (HOME,)) for tree in setting.read):
+        raise NoWorld(f"{HOME} is the planted home's name, and the checkout lies there")
     shown = [Path("/usr"), Path("/etc")]
     for tree in sorted(set(setting.read), key=lambda path: len(path.parts)):
         if not is_below(tree, shown):
@@ -271,9 +274,12 @@ def run_director(setting: Setting, direct: Callable[[], Any], answer_fd: int, ro
     director = os.fork()
     if director == 0:
         os.setsid()
-        answer = json.dumps(direct()).encode()
+        try:
+            answer = {"answer": direct()}
+        except Exception:  # noqa: BLE001 - whatever it is, it is shown by the process outside, which fails with it
+            answer = {"failed": traceback.format_exc()}
         with os.fdopen(answer_fd, "wb") as pipe:
-            pipe.write(answer)
+            pipe.write(json.dumps(answer).encode())
         leave(0)
     os.close(answer_fd)
     return wait_as_pid_1(director, time.monotonic() + setting.lifetime_s)
@@ -305,7 +311,9 @@ def guarded(work: Callable[[], int], answer_fd: int) -> int:
 
 
 def run_in_world(setting: Setting, direct: Callable[[], Any]) -> Any:
-    """Make a world, run `direct` in it and return what it returned (JSON data). Raises NoWorld.
+    """Make a world, run `direct` in it and return what it returned (JSON data).
+
+    Raises NoWorld when there could be none, RuntimeError with the text of what `direct` raised.
 
     Nothing of the world is left when this returns, also when `direct` started processes that ignore signals.
     """
@@ -328,9 +336,11 @@ def run_in_world(setting: Setting, direct: Callable[[], Any]) -> Any:
     if not text:
         raise NoWorld("its timer ran out" if code == 124 else f"it ended with status {code}")
     answer = json.loads(text)
-    if isinstance(answer, dict) and "no_world" in answer:
+    if "no_world" in answer:
         raise NoWorld(answer["no_world"])
-    return answer
+    if "failed" in answer:
+        raise RuntimeError(f"the demonstration itself failed:\n{answer['failed']}")
+    return answer["answer"]
 
 
 def is_char_device(path: Path) -> bool:

@@ -141,7 +141,7 @@ class Director:
         return {
             "PATH": f"/usr/local/bin:/usr/bin:/bin:{python}",
             "HOME": str(HOME),
-            "USER": "agent",
+            "USER": HOME.name,
             "LANG": "C.UTF-8",
             "SSH": self.options.ssh,
             "SANDBOX_STATE": str(WORK / "state"),
