@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Level = Literal["full", "partial", "none"]
@@ -101,6 +101,11 @@ class LaunchPlan:
     def limit(self, control: str) -> Limit | None:
         """The limit of that name, or None when the manifest does not ask for it."""
         return next((limit for limit in self.limits if limit.control == control), None)
+
+    def with_step_args(self, name: str, **args: Any) -> LaunchPlan:
+        """This plan with more arguments for one of its steps."""
+        steps = (replace(step, args={**step.args, **args}) if step.name == name else step for step in self.steps)
+        return replace(self, steps=tuple(steps))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

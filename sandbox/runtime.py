@@ -286,7 +286,7 @@ class Sandbox:
 _RUN_OPTIONS = frozenset(("input", "env", "cwd", "collect", "context", "why"))
 
 
-def _context_fields(context: CallContext) -> dict[str, str]:
+def _context_fields(context: CallContext) -> dict[str, Any]:
     return {name: getattr(context, name) for name in context.__slots__}
 
 

@@ -226,7 +226,7 @@ def _bind_grant(
 
 def _map_owner(launch: Launch, tree: int, host_path: str, *, must: bool) -> None:
     """Show what the supervisor's own uid owns as owned by the jail's uid, in both directions (idmapped mount)."""
-    userns_fd = _idmap_namespace(os.geteuid(), launch.host_uid)
+    userns_fd = _idmap_namespace(os.geteuid(), launch.owner)
     try:
         mounts.set_attributes(tree, 0, userns_fd=userns_fd)
     except OSError as error:

@@ -91,7 +91,7 @@ def pidfd_kill(pidfd: int, signal_nr: int) -> None:
 
 
 class _CloneArgs(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 - ctypes wants a plain list
+    _fields_ = [
         (name, ctypes.c_uint64)
         for name in (
             "flags",

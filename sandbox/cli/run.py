@@ -11,6 +11,7 @@ import typer
 
 from sandbox.cli import options
 from sandbox.errors import ManifestError, SandboxError
+from sandbox.workspace.names import printable
 
 if TYPE_CHECKING:
     from sandbox.outcome import Outcome
@@ -157,22 +158,32 @@ def _write_record(path: Path, record: Any) -> None:
 
 
 def _write_files(into: Path, outcome: Outcome) -> None:
-    from sandbox.workspace import write_files
+    from sandbox.workspace.deliver import write_collected
 
     into.mkdir(parents=True, exist_ok=True)
-    write_files(into, outcome.files)
-    print(f"sandbox: {len(outcome.files)} files collected into {into}", file=sys.stderr)
+    written, skipped = write_collected(into, outcome.files)
+    print(f"sandbox: {len(written)} files collected into {into}", file=sys.stderr)
+    for path, reason in skipped:
+        print(f"sandbox: {path} was left out: {reason}", file=sys.stderr)
 
 
 def _changes(outcome: Outcome, *, commit: bool, status: int) -> int:
     changes = outcome.changes
-    if changes.is_empty:
-        changes.discard()
+    kept = f"sandbox changes show|commit|discard {outcome.record.record_id}"
+    if not commit or not outcome.ok:
+        print(f"sandbox: {_counted(changes)}; kept: {kept}", file=sys.stderr)
         return status
-    short = outcome.record.record_id
-    if commit and outcome.ok:
-        result = changes.commit()
-        print(f"sandbox: {result.summary()}", file=sys.stderr)
-        return status if result.complete else FAILED
-    print(f"sandbox: {changes.summary()}; kept: sandbox changes show|commit|discard {short}", file=sys.stderr)
-    return status
+    result = changes.commit()
+    print(f"sandbox: {len(result.applied)} changes committed", file=sys.stderr)
+    for name, items in (("protected", result.protected), ("failed", result.failed), ("skipped", result.skipped)):
+        for path, reason in items:
+            print(f"sandbox: not committed: {printable(path)} ({name}: {reason})", file=sys.stderr)
+    if result.complete:
+        return status
+    print(f"sandbox: the rest is kept: {kept}", file=sys.stderr)
+    return FAILED
+
+
+def _counted(changes: Any) -> str:
+    text = f"{len(changes.added)} added, {len(changes.modified)} modified, {len(changes.deleted)} deleted"
+    return f"{text}, {len(changes.protected)} of them protected" if changes.protected else text

@@ -49,6 +49,7 @@ class Call:
         self.polled_peak_bytes = 0
         self.polled_cpu_s = 0.0
         self.reaction_s: float | None = None
+        self.own_user_namespace = False
         self._loop = asyncio.get_running_loop()
         self._gone = asyncio.Event()
         self._status: socket.socket | None = None

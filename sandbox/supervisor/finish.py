@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,8 +16,9 @@ from sandbox._linux import cgroup, wire
 from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
 from sandbox.outcome import Ending
-from sandbox.plan import LaunchPlan, Step
+from sandbox.plan import LaunchPlan
 from sandbox.supervisor.call import Call
+from sandbox.supervisor.work import Work
 
 _CGROUP_KEYS = {"memory": "memory_bytes", "pids": "pids", "cpus": "cpus", "io": "io_bytes_per_s"}
 
@@ -62,33 +64,7 @@ def closing(ending: Ending, started: float) -> Gathered:
     )
 
 
-class Workspace:
-    """What the workspace needs before and after a call."""
-
-    def __init__(self, ask: dict[str, Any], plan: LaunchPlan, state: Path, record_id: str) -> None:
-        self.collect = tuple(ask["call"]["collect"])
-        self.plan = plan
-        self.state = state
-        self.record_id = record_id
-        self.step = next((step for step in plan.steps if step.name == "workspace"), None)
-        self.allow_protected = tuple(ask["policy"]["manifest"]["filesystem"]["allow_protected"])
-
-    @property
-    def mode(self) -> str:
-        return str(self.step.args["mode"]) if self.step else ""
-
-    @property
-    def needs_thread(self) -> bool:
-        return self.mode == "rw"
-
-    def before(self) -> LaunchPlan:
-        return self.plan
-
-    def after(self, call: Call, gathered: Gathered) -> None:
-        return None
-
-
-async def gather(ending: Ending, started: float, call: Call | None, work: Workspace) -> Gathered:
+async def gather(ending: Ending, started: float, call: Call | None, work: Work) -> Gathered:
     """Counters, digests, files and changes of a call that is over."""
     gathered = closing(ending, started)
     if call is None:
@@ -104,14 +80,20 @@ async def gather(ending: Ending, started: float, call: Call | None, work: Worksp
     isolation: dict[str, Any] = {"applied": call.steps_applied, "notes": call.notes}
     if call.group is not None:
         isolation["cgroup"] = call.group.name
+    left = await asyncio.to_thread(work.after, call.jail_fds, own_user_namespace=call.own_user_namespace)
+    captured = {name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()}
+    gathered.sections.update({f"file:{path}": data for path, data in left.collected.items()})
+    gathered.extra["changes"] = left.changes
+    gathered.extra["denials"] = [f"{item['subject']}: {item['reason']}" for item in left.decisions]
     gathered.closing = replace(
         gathered.closing,
         usage=stats,
         output=output,
-        captured={name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()},
+        captured=captured,
         isolation=isolation,
+        files=left.files,
+        decisions=left.decisions,
     )
-    work.after(call, gathered)
     return gathered
 
 
@@ -139,11 +121,3 @@ def close_and_answer(
             )
     finally:
         os.close(fd)
-
-
-def with_step_args(plan: LaunchPlan, name: str, **args: Any) -> LaunchPlan:
-    """The plan with more arguments for one of its steps."""
-    steps = tuple(
-        Step(step.name, step.where, {**step.args, **args}) if step.name == name else step for step in plan.steps
-    )
-    return replace(plan, steps=steps)

@@ -31,6 +31,7 @@ from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
 from sandbox.supervisor import finish, identity
 from sandbox.supervisor.call import Call
+from sandbox.supervisor.work import Work
 
 STOP_TIMEOUT_S = 20.0
 
@@ -168,10 +169,10 @@ class Supervisor:
             finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
             return
         plan = LaunchPlan.from_json(ask["plan"])
-        work = finish.Workspace(ask, plan, self.state, opened["record_id"])
+        work = Work(ask, plan, self.state, opened["record_id"])
         call: Call | None = None
         try:
-            plan = await asyncio.to_thread(work.before) if work.needs_thread else plan
+            plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
             call = self._new_call(call_id, plan, fds)
             ending = await self._run_launched(call, reply, plan)
         except (OSError, SandboxError) as error:
@@ -181,6 +182,7 @@ class Supervisor:
             finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
             self._calls.pop(call_id, None)
+            work.close()
             if call is not None:
                 call.close()
 
@@ -196,6 +198,7 @@ class Supervisor:
         owned = dict(fds)
         fds.clear()
         call = self._calls[call_id] = Call(call_id, plan, owned, group)
+        call.own_user_namespace = self._host_uids is None
         return call
 
     def _filter(self, plan: LaunchPlan) -> bytes:

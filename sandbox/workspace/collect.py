@@ -72,7 +72,7 @@ def collect(root_fd: int, patterns: Sequence[str], *, max_files: int = 1000, max
         try:
             data = b"".join(_chunks(fd, max_bytes - result.total_bytes))
         except (_TooLarge, _Changed, OSError) as error:
-            result.skip(path, _reason(error))
+            result.skip(path, reason_word(error))
             continue
         result.files[path] = data
         result.total_bytes += len(data)
@@ -99,9 +99,9 @@ def collect_into(
             result.skip(path, f"protected:{rule}")
             continue
         try:
-            copied = _copy_out(fd, dest_dir_fd, path, limits.total_bytes - result.total_bytes)
+            copied = copy_out(fd, dest_dir_fd, path, limits.total_bytes - result.total_bytes)
         except (_TooLarge, _Changed, OSError) as error:
-            result.skip(path, _reason(error))
+            result.skip(path, reason_word(error))
             continue
         result.written.append(path)
         result.total_bytes += copied
@@ -120,7 +120,7 @@ def _matching(
         try:
             fd = fs.open_regular(directory_fd, name, resolve=_RESOLVE)
         except OSError as error:
-            result.skip(path, _reason(error))
+            result.skip(path, reason_word(error))
             continue
         count += 1
         try:
@@ -217,7 +217,7 @@ def _chunks(fd: int, limit: int) -> Iterator[bytes]:
         raise _Changed
 
 
-def _copy_out(fd: int, dest_dir_fd: int, path: str, limit: int) -> int:
+def copy_out(fd: int, dest_dir_fd: int, path: str, limit: int) -> int:
     """Write a copy beside its final name, then put it there in one step. Returns the bytes copied."""
     parent_fd = make_directories(dest_dir_fd, parent_of(path))
     name = path.rpartition("/")[2]
@@ -268,7 +268,7 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _reason(error: BaseException) -> str:
+def reason_word(error: BaseException) -> str:
     """One stable word for why a file stayed behind; the errno's name where there is no better one."""
     if isinstance(error, _TooLarge):
         return "too-large"
