@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sandbox._linux import files
 from sandbox.errors import WorkspaceError
+from sandbox.workspace.journal import read_journal
 from sandbox.workspace.names import from_json, is_relative, printable, to_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 SCHEMA = "sandbox.changes/v1"
 INDEX = "index.json"
 CONTENT = "content"
-JOURNAL = "journal"
 _INDEX_MAX_BYTES = 256 << 20
 _DIFF_FILE_BYTES = 64 << 10
 _DIFF_LINES = 2000
@@ -251,23 +251,6 @@ def check_record_id(record_id: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", record_id) or record_id.endswith(".partial"):
         raise WorkspaceError(f"{printable(record_id[:128])!r} is no record id")
     return record_id
-
-
-def read_journal(directory: Path) -> tuple[frozenset[int], frozenset[int], tuple[str, ...]]:
-    """Which changes commits have finished, which they have begun (by number), and the tokens of the commits."""
-    numbers: dict[str, set[int]] = {"begin": set(), "done": set()}
-    runs: list[str] = []
-    try:
-        text = (directory / JOURNAL).read_text("ascii")
-    except FileNotFoundError:
-        text = ""
-    for line in text.split("\n")[:-1]:  # what follows the last newline is nothing, or torn
-        word, _, value = line.partition(" ")
-        if word in numbers and value.isdigit():
-            numbers[word].add(int(value))
-        elif word == "run":
-            runs.append(value)
-    return frozenset(numbers["done"]), frozenset(numbers["begin"]), tuple(runs)
 
 
 def _text(fd: int) -> list[str] | None:
