@@ -20,12 +20,13 @@ _COUNTED: dict[str, tuple[str, str, str]] = {
     "cpus": ("cpu_s", "", "cpus"),
     "cpu_time": ("cpu_s", "", "cpu_time_s"),
     "wall_time": ("wall_s", "", "wall_time_s"),
-    "disk": ("disk_peak_bytes", "disk_refused", "disk_bytes"),
-    "inodes": ("inodes_peak", "", "inodes"),
+    "disk": ("disk_used_bytes", "", "disk_bytes"),
+    "inodes": ("inodes_used", "", "inodes"),
     "output": ("output_bytes", "", "output_bytes"),
     "open_files": ("open_files_peak", "", "open_files"),
     "io": ("io_bytes", "", "io_bytes_per_s"),
 }
+_RATES = ("cpus", "io")
 
 
 def attestation(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -53,11 +54,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _counters(record: Mapping[str, Any]) -> dict[str, Any]:
     """The usage group with the sums that several of its counters make."""
     counters = dict(_mapping(record.get("usage")))
-    counters["cpu_s"] = _total(counters.get("cpu_user_s"), counters.get("cpu_system_s"))
+    cpu_s = _total(counters.get("cpu_user_s"), counters.get("cpu_system_s"))
+    counters["cpu_s"] = counters.get("cpu_usage_s") if cpu_s is None else cpu_s
     counters["wall_s"] = _mapping(record.get("time")).get("duration_s")
-    output, io = _mapping(record.get("output")), _mapping(counters.get("io"))
+    output = _mapping(record.get("output"))
     counters["output_bytes"] = _total(output.get("stdout_bytes"), output.get("stderr_bytes"))
-    counters["io_bytes"] = _total(io.get("read_bytes"), io.get("write_bytes"))
+    counters["io_bytes"] = _total(counters.get("io_read_bytes"), counters.get("io_write_bytes"))
     return counters
 
 
@@ -73,8 +75,10 @@ def _verdict(verdict: str, granted: Any, observed: Any, evidence: str) -> dict[s
 def _unseen(control: str, granted: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     entry = _mapping(_mapping(record.get("enforcement")).get(control))
     if entry.get("level") == "full":
-        return _verdict("within", granted, None, f"enforced in full by {entry.get('mechanism')}; no counter")
-    return _verdict("not_observable", granted, None, "no counter, and not enforced in full")
+        return _verdict(
+            "within", granted, None, f"not counted as such, but enforced in full by {entry.get('mechanism')}"
+        )
+    return _verdict("not_observable", granted, None, "not counted as such, and not enforced in full")
 
 
 def _counted(
@@ -88,11 +92,16 @@ def _counted(
         return _verdict("exceeded", granted, observed, f"{refusals}={refused}")
     if observed is None:
         return _unseen(control, granted, record)
-    # CPU, wall time and IO are rates or totals of their own; only a total can be compared with its grant.
-    over = control not in ("cpus", "io") and isinstance(granted, (int, float)) and observed > granted
-    if over:
+    if control in _RATES:
+        # The counter is a total: only the enforcement says that the rate was never higher in between.
+        return _unseen(control, granted, record) | {"observed": observed} if observed else _unused(granted, counter)
+    if isinstance(granted, (int, float)) and observed > granted:
         return _verdict("exceeded", granted, observed, f"{counter} is over the grant")
-    return _verdict("within" if observed else "unused", granted, observed, counter)
+    return _verdict("within", granted, observed, counter) if observed else _unused(granted, counter)
+
+
+def _unused(granted: Any, counter: str) -> dict[str, Any]:
+    return _verdict("unused", granted, 0, counter)
 
 
 def _network(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ CAPTURE_MAX_BYTES = 64 * 1024
 FAULTS = ("tool", "caller", "host", "us")
 ENDINGS = ("ok", "tool_error", "denied", "revoked", "killed", "lost", "launch_error", "refused")  # and limit:NAME
 
+# What every record has; a supervisor adds what else its host counts.
 _USAGE: Mapping[str, Any] = dict.fromkeys(
     (
         "cpu_user_s",
@@ -38,11 +39,10 @@ _USAGE: Mapping[str, Any] = dict.fromkeys(
         "pids_peak",
         "pids_refused",
         "throttled_s",
-        "io",
-        "disk_peak_bytes",
-        "inodes_peak",
-        "disk_refused",
-        "open_files_peak",
+        "io_read_bytes",
+        "io_write_bytes",
+        "disk_used_bytes",
+        "inodes_used",
         "gpu",
         "sources",
     )

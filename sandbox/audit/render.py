@@ -102,11 +102,12 @@ def _list(value: Any) -> list[Any]:
 
 
 def _usage(usage: Mapping[str, Any]) -> str:
-    skip = ("sources", "gpu")
+    # What was in use at the very end of a call says nothing, and the sum of both kinds of CPU time stands there twice.
+    skip = ("sources", "gpu", "memory_current_bytes", "pids_current", "cpu_usage_s")
     return ", ".join(
         f"{plain(name.removesuffix('_bytes').removesuffix('_s'))} {amount(name, value)}"
         for name, value in usage.items()
-        if value is not None and name not in skip and value != {}
+        if name not in skip and value not in (None, 0, {})
     )
 
 

@@ -142,7 +142,7 @@ def _print_list(records: list[dict[str, Any]]) -> None:
         times, context = group(record, "time"), group(record, "context")
         cells = (
             plain(record.get("record_id"), 64),
-            plain(times.get("time_start"), 19),
+            plain(times.get("time_start"), 80)[:19],
             plain(group(record, "tool").get("name"), 40),
             status(record),
             plain(times.get("duration_s"), 10),

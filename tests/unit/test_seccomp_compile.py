@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -167,6 +169,31 @@ def test_miscompiled_program_is_an_internal_error() -> None:
             broken = [*code[:at], instruction._replace(k=bpf.return_value("log")), *code[at + 1 :]]
             with pytest.raises(InternalError, match="the policy says"):
                 compiler.verify(bpf.encode(broken), POLICY, "x86_64")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_policies_of_any_shape_compile_to_what_they_say(seed: int) -> None:
+    """Answers so mixed that nothing merges: branches then reach further than the 255 instructions that a jump can."""
+    draw = random.Random(seed)
+    errnos = sorted(errno.errorcode.values())
+
+    def guard(depth: int) -> Any:
+        if depth == 0 or draw.random() < 0.4:
+            return draw.choice(errnos)
+        arg, bits = draw.randrange(6), draw.sample(range(32), 3)
+        mask = sum(1 << bit for bit in bits)
+        values = draw.sample([0, mask, 1 << bits[0], 1 << bits[1]], draw.randint(1, 4))
+        rules = [{"when": [{"arg": arg, "mask": mask, "value": v}], "then": guard(depth - 1)} for v in values]
+        return {"rules": rules, "else": draw.choice(errnos)}
+
+    calls = {name: guard(2) for name in NUMBERS["x86_64"]}
+    policy = {"name": "mixed", "unknown": "ENOSYS", "foreign_abi": "kill_process", "calls": calls}
+    code = bpf.decode(compiler.program(policy, arch="x86_64"))
+    assert len(code) > 1500
+    for nr, name in NAMES["x86_64"].items():
+        args = [draw.getrandbits(64) for _ in range(6)]
+        expected = bpf.return_value(policies.evaluate(policy, name, args))
+        assert bpf.simulate(code, AUDIT_ARCH["x86_64"], nr, args).action == bpf.action_name(expected)
 
 
 def test_unknown_action_is_refused() -> None:
