@@ -140,20 +140,28 @@ def importable_under(roots: Iterable[str]) -> Callable[[str], bool]:
     """
     prefixes = tuple(os.path.realpath(root).rstrip("/") + "/" for root in roots)
 
-    @functools.cache
+    known: dict[str, bool] = {}
+
     def importable(name: str) -> bool:
-        module = sys.modules.get(name)
-        if module is None or name in ("__main__", "__mp_main__"):
-            return False
-        spec = getattr(module, "__spec__", None)
-        if spec is None:
-            return False
-        if spec.origin in ("built-in", "frozen"):
-            return True
-        places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
-        return bool(places) and all(os.path.realpath(place).startswith(prefixes) for place in places)
+        if name not in known:
+            module = sys.modules.get(name)
+            if module is None or name in ("__main__", "__mp_main__"):
+                # Not remembered: it may be loaded before the next call.
+                return False
+            known[name] = _lies_under(module, prefixes)
+        return known[name]
 
     return importable
+
+
+def _lies_under(module: types.ModuleType, prefixes: tuple[str, ...]) -> bool:
+    spec = module.__spec__
+    if spec is None:
+        return False
+    if spec.origin in ("built-in", "frozen"):
+        return True
+    places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
+    return bool(places) and all(os.path.realpath(place).startswith(prefixes) for place in places)
 
 
 def cloudpickle_directory() -> str:

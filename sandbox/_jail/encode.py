@@ -94,7 +94,7 @@ def encode_error(error: BaseException, phase: str) -> bytes:
     if isinstance(error, SystemExit):
         code = error.code
         report["exit_code"] = code if type(code) is int and 0 <= code <= 255 else 0 if code is None else 1
-        report["message"] = f"the tool called sys.exit({_clean(_message(error), 200)})"
+        report["message"] = f"the tool called sys.exit({'' if code is None else _clean(_message(error), 200)})"
     if isinstance(error, ImportError):
         report["missing"] = _clean(str(error.name or ""), 256)
     return pack({"error": report})

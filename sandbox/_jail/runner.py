@@ -151,13 +151,12 @@ def _flush() -> None:
 
 def main(argv: list[str]) -> int:
     request_fd, result_fd = int(argv[1]), int(argv[2])
-    os.set_inheritable(request_fd, False)
-    os.set_inheritable(result_fd, False)
     pid = os.getpid()
     try:
+        os.set_inheritable(result_fd, False)
         request = _read_all(request_fd)
     except OSError as error:
-        print(f"sandbox runner: cannot read the request: {error}", file=sys.stderr)
+        print(f"sandbox runner: cannot use the descriptors {argv[1:]}: {error}", file=sys.stderr)
         return 2
     reply = run_call(request)
     _flush()
