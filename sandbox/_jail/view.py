@@ -270,9 +270,9 @@ def _overlay(launch: Launch, args: dict[str, Any], target: str) -> None:
     for name in ("upper", "work"):
         _owned_directory(launch, f"{launch.mnt}/scratch/{name}", stat.S_IMODE(info.st_mode) | 0o700)
     # Relative names: an absolute path could hold the colons and commas that separate overlay's options.
-    options = "lowerdir=lower,upperdir=scratch/upper,workdir=scratch/work,redirect_dir=off,metacopy=off,index=off"
-    if launch.host_uid is None:
-        options += ",userxattr"
+    options = "lowerdir=lower,upperdir=scratch/upper,workdir=scratch/work,metacopy=off,index=off"
+    # userxattr refuses redirect_dir=off (EINVAL, Linux 6.18) and means nofollow by itself: directories are copied too.
+    options += ",userxattr" if launch.host_uid is None else ",redirect_dir=off"
     here = os.getcwd()
     os.chdir(launch.mnt)
     try:
