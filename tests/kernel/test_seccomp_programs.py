@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,9 +52,9 @@ def run(filter_file: Path | None, cwd: Path, *argv: str, stdin: str = "") -> sub
 
 
 def works(filter_file: Path, cwd: Path, *argv: str, stdin: str = "") -> str:
-    if shutil.which(argv[0]) is None:
-        pytest.skip(f"{argv[0]} is not installed")
     done = run(filter_file, cwd, *argv, stdin=stdin)
+    if done.returncode != 0 and run(None, cwd, *argv, stdin=stdin).returncode != 0:
+        pytest.skip(f"fails here without the filter as well: {done.stderr[:200]}")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -118,12 +116,13 @@ def test_sqlite_shared_memory_sockets_and_files_work(filter_file: Path, tmp_path
     assert out == "ok\n"
 
 
+@pytest.mark.needs("python:numpy")
 def test_numpy_works(filter_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("numpy")
     out = python(filter_file, tmp_path, "import numpy; a = numpy.ones((300, 300)); print(int((a @ a).sum()))")
     assert out == f"{300**3}\n"
 
 
+@pytest.mark.needs("node")
 def test_node_works(filter_file: Path, tmp_path: Path) -> None:
     source = (
         "const {execSync} = require('child_process'); const {Worker} = require('worker_threads');"
@@ -134,23 +133,24 @@ def test_node_works(filter_file: Path, tmp_path: Path) -> None:
     assert works(filter_file, tmp_path, "node", "-e", source) == "hi\n"
 
 
+@pytest.mark.needs("git")
 def test_git_works(filter_file: Path, tmp_path: Path) -> None:
     script = (
         "git init -q . && echo x > f && git add f && git -c user.name=n -c user.email=e@x commit -qm m"
         " && git gc -q && git status --porcelain && git log --oneline | wc -l"
     )
-    works(filter_file, tmp_path, "git", "--version")
     assert works(filter_file, tmp_path, "sh", "-c", script).strip() == "1"
 
 
+@pytest.mark.needs("gcc", "make")
 def test_gcc_and_make_work(filter_file: Path, tmp_path: Path) -> None:
     (tmp_path / "hello.c").write_text('#include <stdio.h>\nint main(void){puts("built");return 0;}\n')
     (tmp_path / "Makefile").write_text("hello: hello.c\n\tgcc -O2 -pipe -o $@ $<\n")
-    works(filter_file, tmp_path, "gcc", "--version")
     works(filter_file, tmp_path, "make", "-j2")
     assert run(filter_file, tmp_path, "./hello").stdout == "built\n"
 
 
+@pytest.mark.needs("ssh-keygen")
 def test_ssh_keygen_works(filter_file: Path, tmp_path: Path) -> None:
     works(filter_file, tmp_path, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "key")
     assert (tmp_path / "key.pub").read_text().startswith("ssh-ed25519")
@@ -167,17 +167,12 @@ def test_shell_pipelines_tar_and_compressors_work(filter_file: Path, tmp_path: P
 
 
 def build(tmp_path: Path, source: str) -> str:
-    if platform.machine() != "x86_64" or shutil.which("gcc") is None:
-        pytest.skip("needs x86-64 and gcc")
     (tmp_path / "probe.c").write_text(textwrap.dedent(source))
-    done = subprocess.run(
-        ["gcc", "-O1", "-o", "probe", "probe.c"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"gcc cannot build: {done.stderr[:200]}")
+    subprocess.run(["gcc", "-O1", "-o", "probe", "probe.c"], cwd=tmp_path, check=True, timeout=60)
     return str(tmp_path / "probe")
 
 
+@pytest.mark.needs("x86_64", "gcc")
 def test_i386_system_calls_kill_the_process(filter_file: Path, tmp_path: Path) -> None:
     """getpid is 20 there and 20 is writev on x86-64: a filter that did not look at the ABI would be fooled."""
     probe = build(
@@ -199,6 +194,7 @@ def test_i386_system_calls_kill_the_process(filter_file: Path, tmp_path: Path) -
     assert run(filter_file, tmp_path, probe).returncode == -signal.SIGSYS
 
 
+@pytest.mark.needs("x86_64", "gcc")
 def test_x32_system_calls_kill_the_process(filter_file: Path, tmp_path: Path) -> None:
     probe = build(
         tmp_path,
@@ -301,6 +297,10 @@ def test_install_refuses_what_is_no_program() -> None:
     assert out.split() == ["EINVAL"] * 4 + ["0"]
 
 
+NO_NEW_PRIVS = "NoNewPrivs:\t1" in Path("/proc/self/status").read_text()
+
+
+@pytest.mark.skipif(NO_NEW_PRIVS, reason="no_new_privs is set already and is inherited")
 def test_install_needs_no_new_privs() -> None:
     out = install("""
         if os.geteuid() == 0:

@@ -177,5 +177,13 @@ def test_every_refused_call_has_a_reason_and_an_errno() -> None:
     assert policies.refusal_reason("read") == ""
 
 
+def test_page_for_people_names_every_refused_and_guarded_call() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "seccomp.md").read_text()
+    refused = {name for _, names in policies.REFUSED.values() for name in names.split()}
+    guarded = {name for name, then in POLICY["calls"].items() if isinstance(then, dict)}
+    symbols = {*policies.TERMINAL_IOCTLS, *policies.REFUSED_PRCTLS}
+    assert [name for name in sorted(refused | guarded | symbols) if f"`{name}`" not in page] == []
+
+
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(POLICY, indent=1, sort_keys=True) + "\n")
