@@ -45,7 +45,8 @@ def _build(launch: Launch) -> tuple[int, int, int]:
     launch.run_steps("view", view.STEPS)
     launch.step = "namespaces"
     sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
-    pid, pidfd = syscalls.clone(syscalls.ALL_NAMESPACES, launch.fds.get("cgroup", -1))
+    # The cgroup namespace comes last, from inside: its root is the group in which a process is when it is made.
+    pid, pidfd = syscalls.clone(syscalls.ALL_NAMESPACES & ~syscalls.CLONE_NEWCGROUP, launch.fds.get("cgroup", -1))
     if pid == 0:
         os.close(sync_write)
         return 0, -1, sync_read

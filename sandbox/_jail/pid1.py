@@ -49,6 +49,7 @@ def _wait_for_release(launch: Launch, release: int) -> None:
     launch.step = "map_ids"
     if os.read(release, 1) != b"+":
         os._exit(1)
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     if launch.host_uid is not None:
         os.setgroups([])
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
