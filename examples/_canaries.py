@@ -208,9 +208,13 @@ def see_disk(call: Call) -> Seen:
 
 
 def see_gpu(call: Call) -> Seen:
-    return Seen(
-        call.gpu_held, not call.gpu_held, "the device was held open" if call.gpu_held else "nobody opened the device"
-    )
+    if call.gpu_held:
+        return Seen(True, False, "the device was held open")
+    if not call.record:
+        return Seen(False, True, "nobody opened the device")
+    refused = call.after["gpu_refused"]
+    text = "nobody opened the device; asking for one is " + ("refused" if refused else "NOT refused")
+    return Seen(False, refused, text)
 
 
 def see_hook(call: Call) -> Seen:

@@ -111,8 +111,10 @@ class Director:
         self.stand_ins.take()
         command = self._jailed(behaviour, project, record_file) if jailed else ["sh", "-c", behaviour.command]
         call = self._run(command, behaviour, project, before, jailed=jailed)
-        if jailed and record_file.exists():
-            call.record = json.loads(record_file.read_text())
+        if jailed:
+            call.record = read_record(record_file)
+            if behaviour.name == "gpu":
+                call.after["gpu_refused"] = self._ask_for_gpu()
         seen = see(behaviour, call)
         self._kill_leftovers()
         return {
@@ -222,6 +224,14 @@ class Director:
         )
         return planted, HOOK_RAN.exists()
 
+    def _ask_for_gpu(self) -> bool:
+        """The polite way: a profile that asks for one. Refused means that nothing ran and that it is on record."""
+        profile, record_file, ran = WORK / "gpu.toml", WORK / "gpu-asked.json", WORK / "gpu-ran"
+        profile.write_text(f'extends = "{PROFILE}"\n[gpu]\ncount = 1\n[filesystem]\nwrite = ["{WORK}"]\n')
+        done = self._ours("run", "-p", str(profile), "--record", str(record_file), "--", "touch", str(ran))
+        refused = read_record(record_file).get("ending", {}).get("kind") == "refused"
+        return done.returncode == 125 and refused and not ran.exists()
+
     def _kill_leftovers(self) -> None:
         deadline = time.monotonic() + 10
         while (left := pids_in_world() - self.known) and time.monotonic() < deadline:
@@ -265,6 +275,12 @@ class Director:
 def free_bytes(path: Path) -> int:
     state = os.statvfs(path)
     return state.f_bavail * state.f_frsize
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `--record` wrote, or nothing when it wrote nothing."""
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
 def record_id(record: dict[str, Any]) -> str:
@@ -368,7 +384,9 @@ def find_ssh() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def our_program() -> tuple[str, ...]:
+def our_program(*, no_jail: bool) -> tuple[str, ...]:
+    if no_jail:
+        return (sys.executable, str(ROOT / "examples" / "_no_jail.py"))
     command = Path(sys.prefix, "bin", "sandbox")
     if command.exists():
         return (str(command),)
@@ -379,6 +397,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this behaviour only")
     parser.add_argument("--without-only", action="store_true", help="leave the run inside the jail out")
+    parser.add_argument("--no-jail", action="store_true", help="isolate nothing, to see that every row then fails")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was seen to FILE")
     arguments = parser.parse_args()
     ssh = find_ssh()
@@ -386,7 +405,7 @@ def main() -> int:
         print("rome: the OpenSSH client is missing: apt-get install openssh-client", file=sys.stderr)
         return 2
     inside = not arguments.without_only
-    options = Options(ssh, our_program(), tuple(arguments.only), inside, os.geteuid() == 0)
+    options = Options(ssh, our_program(no_jail=arguments.no_jail), tuple(arguments.only), inside, os.geteuid() == 0)
     read = (Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(sys.base_prefix), ROOT)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="toolcall-sandbox-demo-", dir="/var/tmp") as work:
