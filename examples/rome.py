@@ -125,7 +125,7 @@ class Director:
             "exit_code": call.exit_code,
             "output": call.output[-2000:],
             "record": dict(call.record),
-            "stopped_by": stopped_by(behaviour, call.record) if jailed else "",
+            "stopped_by": stopped_by(behaviour, dict(call.record)) if jailed else "",
         }
 
     def _jailed(self, behaviour: Behaviour, project: Path | None, record_file: Path) -> list[str]:
@@ -175,7 +175,8 @@ class Director:
             )
             tasks_peak, gpu_held = self._watch(child, behaviour)
             after: dict[str, Any] = {"hashes": count_hashes(project)}
-            time.sleep(0.6)  # what outlives its call shows within this time: the miner counts every few milliseconds
+            # What outlives its call shows within this time: the miner counts every few milliseconds.
+            time.sleep(0.6 if project else 0.1)
             leftover = len(pids_in_world() - self.known)
             after["hashes_later"] = count_hashes(project)
             after["home_free"], after["home_has_room"] = free_bytes(HOME), home_has_room()
@@ -287,14 +288,19 @@ def record_id(record: dict[str, Any]) -> str:
     return str(record.get("record_id") or record.get("identity", {}).get("record_id", ""))
 
 
-def stopped_by(behaviour: Behaviour, record: Any) -> str:
-    """What the record says enforced the control: mechanism, and how much of it held."""
+def stopped_by(behaviour: Behaviour, record: dict[str, Any]) -> str:
+    """What the record says enforced the control: mechanism, how much of it held, and what was denied by name."""
+    words = []
     for control in behaviour.controls:
-        entry = (record or {}).get("enforcement", {}).get(control)
+        entry = record.get("enforcement", {}).get(control)
         if entry:
             level = "" if entry.get("level") == "full" else f" ({entry.get('level')})"
-            return f"{control}: {entry.get('mechanism', '?')}{level}"
-    return ""
+            words.append(f"{control}: {entry.get('mechanism', '?')}{level}")
+            break
+    denied = [str(entry.get("subject")) for entry in record.get("decisions", ()) if entry.get("decision") == "deny"]
+    if denied:
+        words.append(f"denied by name: {', '.join(denied[:4])}")
+    return "; ".join(words)
 
 
 def progress(text: str) -> None:
