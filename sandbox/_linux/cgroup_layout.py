@@ -76,7 +76,7 @@ class Layout:
         if tree:
             return f"the cgroup v1 group {tree.own} is not writable for us"
         if not self.v2:
-            return "no cgroup tree with this controller is mounted"
+            return "no cgroup tree with this controller is mounted, or our own group is not visible in it"
         if control not in read_words(self.v2.mount_point + "/cgroup.controllers"):
             return f"the kernel or the container does not offer the {control} controller in {self.v2.mount_point}"
         return f"no cgroup v2 group around {self.v2.own} that offers {control} is delegated to us"

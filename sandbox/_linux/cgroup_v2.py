@@ -61,6 +61,9 @@ def _move_to_leaf(group: str) -> None:
     leaf = f"{group}/{_LEAF}"
     try:
         make_group(leaf)
+        # What moves there may run as another user later, and must still be able to see where it is: our umask must
+        # not decide.
+        os.chmod(leaf, 0o755)  # noqa: S103 - a cgroup directory: listing it is all that this permits
     except FileExistsError:
         pass  # an earlier supervisor in the same delegated group made it
     for _ in range(_MOVE_ROUNDS):
