@@ -36,10 +36,12 @@ __all__ = [
     "encode_call",
     "importable_under",
     "return_annotation",
+    "sandboxed_body",
 ]
 
-# Where `@sandboxed` keeps the body that it wraps.
+# Where `@sandboxed` leaves its own description of the function (`func`, `wrapper`).
 MARK = "__sandboxed__"
+_OURS = "sandbox.tool"
 _WRAPPERS_MAX = 16
 # The request brings cloudpickle along; `__main__` goes by value without being asked.
 _ALWAYS_THERE = sys.stdlib_module_names | {"cloudpickle", "__main__"}
@@ -90,7 +92,7 @@ def encode_call(
     `importable(module_name)` says whether that module can be imported inside. Raises TypeError naming the argument
     (or the function) that cannot be pickled.
     """
-    func = getattr(func, MARK, func)
+    func = sandboxed_body(func) or func
     importable = _without_ourselves(func, importable)
     unwrap = _reference(func, importable)
     named = _named_arguments(func, args, kwargs)
@@ -131,6 +133,15 @@ def decode_reply(data: bytes, annotation: Any = Any, *, limits: Mapping[str, int
         ) from mismatch
     except RecursionError as error:
         raise CodecError("the caller's stack is too deep to rebuild it") from error
+
+
+def sandboxed_body(func: Any) -> Any:
+    """The function that `@sandboxed` wraps in `func`, or None when `func` is no such wrapper.
+
+    functools.wraps copies attributes: another decorator's wrapper above ours has our mark too, but is not ours.
+    """
+    mark = getattr(func, MARK, None)
+    return mark.func if mark is not None and mark.wrapper is func else None
 
 
 def importable_under(roots: Iterable[str]) -> Callable[[str], bool]:
@@ -211,8 +222,12 @@ def _pickler_class() -> Any:
         registered: list[types.ModuleType]
 
         def reducer_override(self, obj: Any) -> Any:
+            owner = obj.__self__ if type(obj) is types.MethodType else obj
+            if type(owner).__module__ == _OURS:
+                # What the decorator hung on a function is of no use inside, where the function is a plain one.
+                return types.SimpleNamespace, ()
             if isinstance(obj, types.FunctionType):
-                body = getattr(obj, MARK, None)
+                body = sandboxed_body(obj)
                 if body is not None:
                     # A sandboxed function that the body calls runs plainly inside, so its body alone travels.
                     # getitem([x], 0) is x in words of the standard library, which any interpreter can unpickle.

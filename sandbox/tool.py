@@ -104,7 +104,7 @@ def _decorate(func: Any, profile: Any, overrides: Mapping[str, Any]) -> Any:
     wrapper = _async_wrapper(tool) if inspect.iscoroutinefunction(func) else _sync_wrapper(tool)
     tool.wrapper = wrapper
     attributes = {
-        "__sandboxed__": func,
+        "__sandboxed__": tool,
         "call": tool.call,
         "acall": tool.acall,
         "manifest": _LazyManifest(tool),
@@ -260,7 +260,7 @@ def _check_function(func: Any) -> None:
         kind = "a classmethod" if isinstance(func, classmethod) else f"a {type(func).__name__}"
         raise TypeError(f"sandboxed() takes a function written with def or lambda, not {kind}")
     name = func.__qualname__
-    if hasattr(func, "__sandboxed__"):
+    if getattr(getattr(func, "__sandboxed__", None), "wrapper", None) is func:
         raise TypeError(f"{name} is sandboxed already: give one profile with all it needs")
     if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
         raise TypeError(f"{name} is a generator: its frame cannot leave the jail; return a list instead")

@@ -201,9 +201,9 @@ STACKED = """
 
 def test_the_decorated_body_travels_from_under_other_decorators(module_dir: Path) -> None:
     tools = load(module_dir, "mod_d", STACKED)
-    assert call(tools.hidden.invoke.__sandboxed__, 1) == 2
-    assert call(tools.wrapped.__wrapped__.__sandboxed__, 1) == 2
-    assert call(tools.inner.__sandboxed__, 1) == ("outer", 2)
+    assert call(tools.hidden.invoke.__wrapped__, 1) == 2
+    assert call(tools.wrapped.__wrapped__.__wrapped__, 1) == 2
+    assert call(tools.inner.__wrapped__, 1) == ("outer", 2)
     assert call(tools.plain, 1) == 2
 
 
@@ -212,10 +212,10 @@ def test_by_reference_the_body_is_found_behind_the_decorators(module_dir: Path) 
     everything = lambda name: True  # noqa: E731
     root = str(Path(__file__).resolve().parents[2])
     for func, expected_by, unwrap, value in [
-        (tools.plain.__sandboxed__, "reference", 1, 2),
-        (tools.wrapped.__wrapped__.__sandboxed__, "reference", 2, 2),
-        (tools.inner.__sandboxed__, "reference", 1, ["outer", 2]),
-        (tools.hidden.invoke.__sandboxed__, "value", 0, 2),
+        (tools.plain.__wrapped__, "reference", 1, 2),
+        (tools.wrapped.__wrapped__.__wrapped__, "reference", 2, 2),
+        (tools.inner.__wrapped__, "reference", 1, ["outer", 2]),
+        (tools.hidden.invoke.__wrapped__, "value", 0, 2),
     ]:
         sent = encoded(func, 1, importable=everything)
         assert (sent.by, sent.unwrap) == (expected_by, unwrap)
@@ -250,6 +250,28 @@ def test_a_sandboxed_function_that_calls_itself_runs_plainly_inside() -> None:
     assert call(factorial, 5) == 120
     assert call(even, 10) is True
     assert call(odd, 10) is False
+
+
+def shouting(func: Any) -> Any:
+    @functools.wraps(func)
+    def wrapper(text: str) -> str:
+        return str(func(text)).upper()
+
+    return wrapper
+
+
+@shouting
+@sandboxed("no-such-profile")
+def greeting(text: str) -> str:
+    return f"hello {text}"
+
+
+def test_a_decorator_above_ours_keeps_its_effect_inside() -> None:
+    def tool(text: str) -> str:
+        return greeting(text)
+
+    assert call(tool, "x") == "HELLO X"
+    assert b"no-such-profile" not in encoded(tool, "x").payload
 
 
 class Unpicklable:
