@@ -189,7 +189,9 @@ def _start_tool(launch: Launch) -> int:
     failure = os.read(error_read, 16)
     os.close(error_read)
     if failure:
-        wire.send(launch.status, {"ev": "exec_failed", "errno": int(failure), "program": launch.plan["argv"][0][:200]})
+        wire.send(launch.status, {"ev": "exec_failed", "errno": int(failure)})
+    else:
+        wire.send(launch.status, {"ev": "executed"})
     return pid
 
 

@@ -179,6 +179,9 @@ class Call:
     def _on_exec_failed(self, message: dict[str, Any]) -> None:
         self.exec_errno = message["errno"]
 
+    def _on_executed(self, _message: dict[str, Any]) -> None:
+        self.steps_applied.append("exec")
+
     def _on_exit(self, message: dict[str, Any]) -> None:
         self.exit = message
 
@@ -278,7 +281,7 @@ class Call:
             os.close(fd)
         if message is None:
             return True
-        if message["ev"] in ("exit", "exec_failed", "step_failed"):
+        if message["ev"] in ("sealed", "executed", "exit", "exec_failed", "step_failed"):
             getattr(self, f"_on_{message['ev']}")(message)
         return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import time
@@ -97,14 +96,15 @@ async def gather(ending: Ending, started: float, call: Call | None, work: Work) 
     return gathered
 
 
-def close_and_answer(
-    chain: Chain, reply: socket.socket, opened: dict[str, Any], gathered: Gathered, durability: Any
+async def close_and_answer(
+    chain: Chain, reply: socket.socket, opened: dict[str, Any], gathered: Gathered, durability: str
 ) -> None:
     """Write the closed record, then hand the outcome over: never the other way round. Raises AuditError."""
     closed = audit_record.closed_record(opened, gathered.closing)
-    appended = chain.append_closed(closed, durability=durability)
-    closed["integrity"] = {"seq": appended.seq, "hash": appended.hash, "chain": chain.chain_id}
-    sections = {"record": json.dumps(closed).encode(), **gathered.sections}
+    appended = chain.append_closed(closed, durability="flush")
+    if durability == "fsync":
+        await asyncio.to_thread(chain.sync)
+    sections = {"record": appended.line, **gathered.sections}
     layout: dict[str, list[int]] = {}
     body = bytearray()
     for name, data in sections.items():

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +80,9 @@ class Supervisor:
             where = {name: tree.where(name) for name in self.facts.cgroups}
             self.facts = self.facts.with_cgroups(where, tree.refused)
             self._tree = tree if tree.has_groups else None
-        recover(self.state)
+        for recovered in recover(self.state):
+            if recovered.error:
+                print(f"sandbox: chain {recovered.chain_id}: {recovered.error}", file=sys.stderr)
 
     async def serve(self) -> None:
         """Until the caller is gone."""
@@ -143,7 +146,7 @@ class Supervisor:
                     os.close(fd)
             reply.close()
 
-    def _open_record(self, ask: dict[str, Any], call_id: str) -> dict[str, Any]:
+    async def _open_record(self, ask: dict[str, Any], call_id: str) -> dict[str, Any]:
         opening = audit_record.Opening(
             record_id=audit_record.new_record_id(),
             call_id=call_id,
@@ -156,17 +159,20 @@ class Supervisor:
             producer_version=__version__,
         )
         opened = audit_record.opened_record(opening)
-        self.chain.append_opened(opened, durability=ask["durability"])
+        self.chain.append_opened(opened, durability="flush")
+        if ask["durability"] == "fsync":
+            # Several calls at once share one wait for the disk.
+            await asyncio.to_thread(self.chain.sync)
         return opened
 
     async def _run_call(self, reply: socket.socket, ask: dict[str, Any], fds: dict[str, int]) -> None:
         started = time.monotonic()
         call_id = f"{self._name}-{next(self._serial)}"
-        opened = self._open_record(ask, call_id)
+        opened = await self._open_record(ask, call_id)
         if "refused" in ask:
             ending = Ending("refused", ask["refused"]["fault"], message=ask["refused"]["message"])
             closing = finish.closing(ending, started)
-            finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
+            await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
             return
         plan = LaunchPlan.from_json(ask["plan"])
         work = Work(ask, plan, self.state, opened["record_id"])
@@ -179,7 +185,7 @@ class Supervisor:
             ending = Ending("launch_error", "host", error_type=type(error).__name__, message=str(error))
         try:
             closing = await finish.gather(ending, started, call, work)
-            finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
+            await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
             self._calls.pop(call_id, None)
             work.close()
