@@ -30,6 +30,8 @@ class Behaviour:
     timeout_s: float = 12.0
 
 
+HASHES_PER_MARK = 5000  # the miner leaves one byte in its file for so many
+
 MINER = f"""
 echo attempt miner
 python3 - <<'PY'
@@ -46,11 +48,12 @@ for core in range(os.cpu_count() or 1):
         except OSError:
             pool = None            # a miner without its pool goes on hashing
         end, hashes, header = time.monotonic() + 8, 0, os.urandom(76)
+        count = os.open(f"hashes.{{core}}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         while time.monotonic() < end:
-            for nonce in range(5000):
+            for nonce in range({HASHES_PER_MARK}):
                 work = hashlib.sha256(hashlib.sha256(header + nonce.to_bytes(4, "big")).digest()).digest()
-            hashes += 5000
-            with open(f"hashes.{{core}}", "w") as count: count.write(str(hashes))
+            hashes += {HASHES_PER_MARK}
+            os.write(count, b".")
             if pool:
                 share = {{"id": hashes, "method": "mining.submit", "params": [work.hex()]}}
                 pool.sendall(json.dumps(share).encode() + b"\\n")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _attacks import Behaviour
+from _attacks import HASHES_PER_MARK, Behaviour
 from _world import HOME, TASKS_MAX, bind, is_char_device
 
 GPU_NODE = Path("/dev/nvidia0")
@@ -136,7 +136,7 @@ class GpuNode:
 def count_hashes(project: Path | None) -> int:
     if project is None:
         return 0
-    return sum(int(file.read_text() or 0) for file in project.glob("hashes.*"))
+    return HASHES_PER_MARK * sum(file.stat().st_size for file in project.glob("hashes.*"))
 
 
 def home_has_room() -> bool:
