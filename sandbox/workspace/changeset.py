@@ -259,5 +259,7 @@ def _text(fd: int) -> list[str] | None:
         data = file.read(_DIFF_FILE_BYTES + 1)
     if len(data) > _DIFF_FILE_BYTES or b"\0" in data:
         return None
-    lines = data.decode("utf-8", "surrogateescape").split("\n")
+    lines = data.decode("utf-8", "surrogateescape").split("\n")  # not splitlines: it also breaks at form feeds
+    if lines[-1] == "":
+        lines.pop()
     return lines if len(lines) <= _DIFF_LINES else None

@@ -236,10 +236,10 @@ def is_protected_dir(path: str, allow: Iterable[str] = ()) -> str | None:
 
 
 def check_allow(allow: Iterable[str]) -> None:
-    """Raise ValueError for an entry that is neither a rule's name nor a relative path."""
+    """Raise ValueError for an entry that is neither a rule's name nor a path; a plain word needs "./" to be one."""
     for item in allow:
-        looks_like_path = "/" in item or "." in item
-        if item not in RULES and item not in STRUCTURAL_RULES and not looks_like_path:
+        is_path = "/" in item or "." in item or _rule_for(fold(item), is_link=True) is not None
+        if item not in RULES and item not in STRUCTURAL_RULES and not is_path:
             names = ", ".join([*RULES, *STRUCTURAL_RULES])
             raise ValueError(f"allow_protected: {item!r} is no rule and no path; rules are {names}")
 
@@ -274,10 +274,12 @@ def fold(path: str) -> str:
 
 def _is_allowed(rule: str, folded: str, allow: Iterable[str]) -> bool:
     for item in allow:
-        if item == rule:
-            return True
+        if item in RULES or item in STRUCTURAL_RULES:
+            if item == rule:
+                return True
+            continue
         granted = fold(item).removeprefix("./").removesuffix("/**").rstrip("/")
-        if ("/" in item or "." in item) and (folded == granted or folded.startswith(granted + "/")):
+        if granted and (folded == granted or folded.startswith(granted + "/")):
             return True
     return False
 
