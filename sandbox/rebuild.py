@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ class _Rebuilder:
         self._has_objects = has_objects
         self._steps_left = _STEPS_MAX
         self._hints: dict[type, dict[str, Any]] = {}
+        self._simple: dict[int, tuple[Any, frozenset[type]]] = {}
 
     def build(self, value: Any, annotation: Any) -> Any:
         self._steps_left -= 1
@@ -119,7 +120,7 @@ class _Rebuilder:
         args = typing.get_args(annotation)
         if origin is typing.Annotated:
             return self.build(value, args[0])
-        if origin in (typing.Union, types.UnionType):
+        if _is_union(annotation):
             return self._union(value, args)
         if origin is typing.Literal:
             return self._literal(value, args)
@@ -181,16 +182,28 @@ class _Rebuilder:
         return tuple(self._at(item, arg, f"[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
 
     def _each(self, values: Any, annotation: Any) -> Any:
-        # Most large results are homogeneous lists of simple values; comparing their classes takes one pass in C.
-        kinds = set(map(type, values))
-        if kinds <= {annotation} and annotation in _SIMPLE:
-            return values
-        if annotation is Any and kinds <= set(_SIMPLE):
+        if self._are_simple(values, annotation):
             return values
         built = [self._at(item, annotation, f"[{i}]") for i, item in enumerate(values)]
         return built if type(values) is list else type(values)(built)
 
+    def _are_simple(self, values: Iterable[Any], annotation: Any) -> bool:
+        """Whether all of them are of simple classes that the annotation names.
+
+        Most large results are such; comparing classes takes one pass in C, and building each value takes longer.
+        """
+        # Kept with the annotation itself, so that its id is not given to another one meanwhile.
+        _, simple = self._simple.get(id(annotation), (None, None))
+        if simple is None:
+            options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+            named = {type(None) if option is None else option for option in options}
+            simple = frozenset(_SIMPLE if annotation in (Any, object) else named & set(_SIMPLE))
+            self._simple[id(annotation)] = annotation, simple
+        return bool(simple) and simple.issuperset(map(type, values))
+
     def _entries(self, values: dict[Any, Any], key_annotation: Any, annotation: Any) -> dict[Any, Any]:
+        if self._are_simple(values, key_annotation) and self._are_simple(values.values(), annotation):
+            return values
         built = {}
         for key, item in values.items():
             built[self._at(key, key_annotation, ".keys()")] = self._at(item, annotation, f"[{_short(key)}]")
@@ -257,6 +270,10 @@ class _Rebuilder:
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise Mismatch(f"{_name(cls)} does not accept it: {type(error).__name__}: {error}"[:2000]) from error
         raise Mismatch(f"a {value.label} is not a {_name(cls)}")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
 def _required(cls: Any) -> set[str]:

@@ -4,7 +4,7 @@ The tool shares a process with the code that writes the container and may send a
 count is checked before memory follows from it, nothing is imported or looked up by a name from the jail (the
 modules used are named here), nothing is unpickled, and whatever is wrong is a `CodecError`. The format stands in
 `sandbox/_jail/encode.py`. Dataclasses, enums and models come out as `Encoded`; `rebuild` turns them into what the
-function's return annotation names.
+function's return annotation names. One file of some length: each tag's reader stands beside the bounds it needs.
 """
 
 from __future__ import annotations
@@ -142,17 +142,29 @@ def _check_structure(head: bytes, limits: Mapping[str, int]) -> None:
 def _tool_error(content: dict[str, Any]) -> ToolError:
     def text(key: str, limit: int) -> str:
         value = content.get(key, "")
-        return value[:limit] if isinstance(value, str) else ""
+        return _printable(value[:limit]) if isinstance(value, str) else ""
 
     code = content.get("exit_code")
     return ToolError(
-        type_name=text("type_name", 300) or "Exception",
+        type_name=_line(content.get("type_name")) or "Exception",
         message=text("message", 10_000),
         traceback_text=text("traceback", 40_000),
         phase=text("phase", 10) if content.get("phase") in ("load", "call", "encode") else "call",
-        missing_module=text("missing", 300),
+        missing_module=_line(content.get("missing")),
         exit_code=code if type(code) is int and 0 <= code <= 255 else None,
     )
+
+
+def _printable(text: str) -> str:
+    """`text` with everything escaped that a terminal would obey or hide: it ends up in tracebacks and logs."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _line(text: object) -> str:
+    """A short piece of one line: a class's or module's name as the jail calls it."""
+    return _printable(text[:300]).replace("\n", " ").replace("\t", " ") if isinstance(text, str) else ""
 
 
 class _Reader:
@@ -311,7 +323,7 @@ def _read_purepath(reader: _Reader, node: Any) -> Any:
 def _read_enum(reader: _Reader, label: str, name: str | None, *value: Any) -> Encoded:
     reader.has_objects = True
     fields = [("name", name), *(("value", reader.node(node)) for node in value[:1])]
-    return Encoded("enum", str(label)[:300], tuple(fields))
+    return Encoded("enum", _line(label), tuple(fields))
 
 
 def _read_object(reader: _Reader, kind: str, label: str, *items: Any) -> Encoded:
@@ -319,7 +331,7 @@ def _read_object(reader: _Reader, kind: str, label: str, *items: Any) -> Encoded
         raise CodecError("an object of an unknown kind")
     reader.has_objects = True
     flat = [reader.text(item) if at % 2 == 0 else reader.node(item) for at, item in enumerate(items)]
-    return Encoded(kind, str(label)[:300], tuple(zip(flat[::2], flat[1::2], strict=True)))
+    return Encoded(kind, _line(label), tuple(zip(flat[::2], flat[1::2], strict=True)))
 
 
 def _raw_array(dtype: str, shape: list[int], data: memoryview) -> NDArray[Any]:

@@ -256,6 +256,20 @@ def test_an_errors_parts_are_bounded() -> None:
     assert len(str(failed.value)) + len(failed.value.traceback_text) < 60_000
 
 
+def test_text_from_the_jail_gives_no_orders_to_a_terminal() -> None:
+    evil = "\x1b]0;title\x07\x1b[2J\u202e\x9b\r\x08\ud800"
+    parts = {"type_name": f"Bad\n{evil}", "message": f"line\n{evil}", "traceback": evil, "missing": f"mod\n{evil}"}
+    with pytest.raises(ToolFailed) as failed:
+        codec.decode_reply(container({"error": parts}))
+    texts = [str(failed.value), failed.value.traceback_text, failed.value.type_name]
+    with pytest.raises(ToolFailed) as failed:
+        codec.decode_reply(container({"tree": ["object", "dataclass", evil, "a", 1]}), int)
+    for text in [*texts, str(failed.value)]:
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert "\\x1b" in text
+    assert "\n" not in texts[2]
+
+
 def test_memory_stays_bounded_by_the_reply() -> None:
     """The costliest shapes known, each near a limit, in a process whose memory is limited."""
     script = (
