@@ -64,8 +64,8 @@ sleep 1
 
 TUNNEL = f"""
 echo attempt tunnel
-timeout 6 "${{SSH:-ssh}}" -N -R 2222:127.0.0.1:22 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \\
-    -o BatchMode=yes -o ConnectTimeout=4 ops@{OUTSIDE_HOST}
+timeout 3 "${{SSH:-ssh}}" -N -R 2222:127.0.0.1:22 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \\
+    -o BatchMode=yes -o ConnectTimeout=2 -i /home/rome/.ssh/id_ed25519 rome@{OUTSIDE_HOST}
 """
 
 CREDENTIALS = """

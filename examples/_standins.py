@@ -11,8 +11,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 OUTSIDE_HOST = "203.0.113.10"  # addresses for documentation (RFC 5737): nobody's, anywhere
@@ -23,6 +26,7 @@ INTERNAL_HOSTS = ("10.20.0.5", "10.20.0.6", "10.20.0.7")
 INTERNAL_PORTS = (22, 5432, 6379, 8080)
 ADDRESSES = (OUTSIDE_HOST, MINING_POOL, BILLING_API, METADATA, *INTERNAL_HOSTS)
 
+SSHD_DIRECTORY = "/run/sshd-of-the-host-outside"
 SSH_MSG_KEXINIT = 20
 TIMEOUT_S = 5.0
 
@@ -48,6 +52,50 @@ def ssh(connection: socket.socket, note: Note) -> None:
     if len(header) == 6:
         note(key_exchange=header[5] == SSH_MSG_KEXINIT)
     connection.recv(4096)
+
+
+def real_sshd(program: str, as_agent: list[str]) -> Callable[[socket.socket, Note], None]:
+    """Hand each connection to the machine's own sshd, run for it alone (`-i`) as the agent's uid.
+
+    The banner is looked at before, without taking it from the connection; the tunnel is what sshd itself reports.
+    """
+
+    def serve(connection: socket.socket, note: Note) -> None:
+        peeked, deadline = b"", time.monotonic() + TIMEOUT_S
+        while b"\n" not in peeked and time.monotonic() < deadline:
+            peeked = connection.recv(256, socket.MSG_PEEK)
+        note(banner=peeked.partition(b"\n")[0].decode("latin-1").strip())
+        connection.settimeout(None)
+        command = [*as_agent, program, "-i", "-e", "-f", f"{SSHD_DIRECTORY}/config"]
+        with subprocess.Popen(command, stdin=connection, stdout=connection, stderr=subprocess.PIPE, text=True) as sshd:
+            for line in sshd.stderr or ():
+                if "SSH2_MSG_KEXINIT received" in line:
+                    note(key_exchange=True)
+                if "Local forwarding listening" in line:
+                    note(tunnel=True)
+
+    return serve
+
+
+def prepare_sshd(public_key: str, uid: int) -> None:
+    """Its configuration and host key, for the agent's uid alone; the agent's own key may log in."""
+    directory = Path(SSHD_DIRECTORY)
+    directory.mkdir(exist_ok=True)
+    host_key = directory / "host_key"
+    if not host_key.exists():
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(host_key)], check=True)
+    (directory / "authorized_keys").write_text(public_key)
+    settings = {
+        "HostKey": host_key,
+        "AuthorizedKeysFile": directory / "authorized_keys",
+        "PidFile": "none",
+        "UsePAM": "no",
+        "StrictModes": "no",
+        "LogLevel": "DEBUG1",
+    }
+    (directory / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    for entry in (directory, *directory.iterdir()):
+        os.chown(entry, uid, uid)
 
 
 def pool(connection: socket.socket, note: Note) -> None:
@@ -111,9 +159,11 @@ def internal(connection: socket.socket, note: Note) -> None:
 class StandIns:
     """The process with all listeners, and the director's side of it."""
 
-    def __init__(self, metadata_secret: str, billing_key: str) -> None:
+    def __init__(
+        self, metadata_secret: str, billing_key: str, serve_ssh: Callable[[socket.socket, Note], None] = ssh
+    ) -> None:
         services: list[tuple[str, str, int, Callable[[socket.socket, Note], None]]] = [
-            ("ssh", OUTSIDE_HOST, 22, ssh),
+            ("ssh", OUTSIDE_HOST, 22, serve_ssh),
             ("pool", MINING_POOL, 3333, pool),
             ("metadata", METADATA, 80, metadata(metadata_secret)),
             ("billing", BILLING_API, 80, billing(billing_key)),

@@ -36,7 +36,7 @@ from _canaries import (
     plant_project,
     see,
 )
-from _standins import ADDRESSES, StandIns
+from _standins import ADDRESSES, StandIns, prepare_sshd, real_sshd, ssh
 from _world import (
     HOME,
     ROOT_UID_FOR_AGENT,
@@ -72,7 +72,9 @@ class Director:
         self.options = options
         self.uid = ROOT_UID_FOR_AGENT if options.is_root else 0
         self.secrets = Secrets(*(random_secrets.token_hex(16) for _ in range(4)))
-        self.stand_ins = StandIns(self.secrets.metadata, self.secrets.billing)
+        self.sshd = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+        serve_ssh = real_sshd(self.sshd, as_agent(is_root=options.is_root)) if self.sshd else ssh
+        self.stand_ins = StandIns(self.secrets.metadata, self.secrets.billing, serve_ssh)
         self.gpu = GpuNode()
         self.known = {1, os.getpid(), self.stand_ins.pid}
 
@@ -96,6 +98,8 @@ class Director:
         progress(f"{'inside' if jailed else 'without'}: {self._title(behaviour)}")
         owner = 0 if jailed else self.uid
         key_line = plant_home(self.secrets, owner)
+        if self.sshd and behaviour.name == "tunnel":
+            prepare_sshd((HOME / ".ssh" / "id_ed25519.pub").read_text(), self.uid)
         project = None
         if behaviour.needs_work:
             project = WORK / f"{behaviour.name}-{'inside' if jailed else 'without'}" / "project"
@@ -271,6 +275,14 @@ class Director:
             "shown": shown.stdout if shown and shown.returncode == 0 else "",
             "show_error": shown.stderr if shown else "there is no record to show",
         }
+
+
+def as_agent(*, is_root: bool) -> list[str]:
+    """How a program is started as the agent's uid, for a process that may not fork by itself."""
+    if is_root:
+        uid = ROOT_UID_FOR_AGENT
+        return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    return ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
 
 
 def free_bytes(path: Path) -> int:
