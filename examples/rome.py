@@ -254,7 +254,7 @@ class Director:
 
         return subprocess.run(
             [*self.options.program, *arguments],
-            env={**self._environment(), "COLUMNS": os.environ.get("COLUMNS", "110")},
+            env={**self._environment(), "COLUMNS": str(shutil.get_terminal_size((132, 24)).columns)},
             cwd=HOME,
             preexec_fn=prepare,
             capture_output=True,
