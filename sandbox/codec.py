@@ -34,6 +34,7 @@ __all__ = [
     "cloudpickle_directory",
     "decode_reply",
     "encode_call",
+    "granted_sys_path",
     "importable_under",
     "return_annotation",
     "sandboxed_body",
@@ -163,6 +164,16 @@ def importable_under(roots: Iterable[str]) -> Callable[[str], bool]:
         return known[name]
 
     return importable
+
+
+def granted_sys_path(grants: Iterable[str]) -> list[str]:
+    """The entries of our `sys.path` that lie under `grants`: what makes a granted directory's modules importable.
+
+    For `EncodedCall.request` and, as roots, for `importable_under`.
+    """
+    prefixes = tuple(os.path.realpath(grant).rstrip("/") + "/" for grant in grants)
+    entries = (os.path.realpath(entry or ".") for entry in sys.path)
+    return list(dict.fromkeys(entry for entry in entries if (entry + "/").startswith(prefixes)))
 
 
 def _lies_under(module: types.ModuleType, prefixes: tuple[str, ...]) -> bool:

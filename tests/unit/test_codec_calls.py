@@ -364,6 +364,19 @@ def test_importable_under_goes_by_the_modules_file(tmp_path: Path, module_dir: P
     assert codec.importable_under([])("sys")
 
 
+def test_a_granted_directory_makes_its_modules_importable(module_dir: Path) -> None:
+    (module_dir / "sub").mkdir()
+    tools = load(module_dir, "mod_j", "def run():\n    import mod_k\n    return mod_k.X\n")
+    (module_dir / "mod_k.py").write_text("X = 5\n")
+    granted = codec.granted_sys_path([str(module_dir)])
+    assert granted == [str(module_dir)]
+    assert codec.granted_sys_path([str(module_dir / "sub"), "/nowhere"]) == []
+    sent = encoded(tools.run, importable=codec.importable_under(granted))
+    assert sent.by == "reference"
+    assert run_request(sent.request(sys_path=granted)).value() == 5
+    assert run_request(sent.request()).exit_code == 1
+
+
 def test_a_module_that_is_loaded_later_is_seen(module_dir: Path) -> None:
     inside = codec.importable_under([str(module_dir)])
     assert not inside("mod_later")
