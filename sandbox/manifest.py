@@ -14,10 +14,9 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from sandbox.destinations import canonical_denied_host, canonical_host
 from sandbox.errors import ManifestError
 from sandbox.grants import (
-    canonical_denied_host,
-    canonical_host,
     check_beneath,
     check_grant,
     check_path,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from sandbox.destinations import meet_hosts
 from sandbox.errors import ProfileError
-from sandbox.grants import denied_by, meet_hosts, meet_paths, path_within
+from sandbox.grants import denied_by, meet_paths, path_within
 from sandbox.profile_fields import FIELDS, SETTING, Field
 from sandbox.profile_layers import Item, Items, Layer, Origin, find_origin
 

@@ -11,8 +11,9 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandbox.destinations import host_within, meet_hosts, parse_host
 from sandbox.errors import ManifestError
-from sandbox.grants import check_pattern, denied_by, host_within, meet_hosts, parse_host, path_within
+from sandbox.grants import check_pattern, denied_by, path_within
 from sandbox.manifest import CONTROLS, MEMORY_MAX, SECONDS_MAX, Manifest
 from sandbox.units import format_rate, format_size, format_time, parse_rate, parse_size, parse_time
 
