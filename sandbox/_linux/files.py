@@ -58,15 +58,17 @@ def open_directory(dir_fd: int, path: str = "", *, resolve: int = RESOLVE_INSIDE
 
 
 def open_regular(dir_fd: int, path: str, *, resolve: int = RESOLVE_INSIDE) -> int:
-    """Open a regular file for reading; OSError (EINVAL) on any other type, which is never opened.
+    """Open a regular file for reading; OSError on a link (ELOOP) and any other type (EINVAL), which is never opened.
 
     A fifo would block the opener and a device acts on being opened, so the type is asked through O_PATH, which
     opens nothing, and that very file is then opened through /proc/self/fd.
     """
     path_fd = open_beneath(dir_fd, path, os.O_PATH, resolve=resolve)
     try:
-        if not stat.S_ISREG(os.fstat(path_fd).st_mode):
-            raise OSError(errno.EINVAL, "open: not a regular file")
+        mode = os.fstat(path_fd).st_mode
+        if not stat.S_ISREG(mode):
+            # With O_PATH and O_NOFOLLOW even RESOLVE_NO_SYMLINKS opens a link itself when it comes last.
+            raise OSError(errno.ELOOP if stat.S_ISLNK(mode) else errno.EINVAL, "openat2: not a regular file")
         return reopen(path_fd, os.O_RDONLY | os.O_NONBLOCK)
     finally:
         os.close(path_fd)

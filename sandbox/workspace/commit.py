@@ -240,7 +240,7 @@ class _Committer:
 
 _PARENT_REASONS = {
     errno.ELOOP: "a directory on the way is a link",
-    errno.ENOTDIR: "a directory on the way is no directory",
+    errno.ENOTDIR: "a directory on the way is a link or a file",
     errno.EXDEV: "lies in another mount",
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sandbox._linux import wire
 from sandbox.workspace.collect import copy_out, reason_word
+from sandbox.workspace.names import is_relative
 from sandbox.workspace.protected import is_protected
 
 
@@ -23,6 +24,9 @@ def write_collected(
     into_fd = os.open(into, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for path, data in files.items():
+            if not is_relative(path):
+                skipped.append((path, "not-relative"))
+                continue
             rule = is_protected(path, allow_protected)
             if rule:
                 skipped.append((path, f"protected:{rule}"))
