@@ -36,6 +36,7 @@ from _canaries import (
     plant_project,
     see,
 )
+from _report import record_id, show
 from _standins import ADDRESSES, StandIns, prepare_sshd, real_sshd, ssh
 from _world import (
     HOME,
@@ -51,7 +52,6 @@ from _world import (
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path("/srv/work")
 PROFILE = "shell"
-FAILURES_OF_OURS = {"refused", "launch_error", "lost"}
 
 
 @dataclass(frozen=True)
@@ -95,22 +95,9 @@ class Director:
         return self.gpu.title if behaviour.name == "gpu" else behaviour.title
 
     def _half(self, behaviour: Behaviour, *, jailed: bool) -> dict[str, Any]:
+        """One shell call, with or without the jail: plant, run, look, clean up."""
         progress(f"{'inside' if jailed else 'without'}: {self._title(behaviour)}")
-        owner = 0 if jailed else self.uid
-        key_line = plant_home(self.secrets, owner)
-        if self.sshd and behaviour.name == "tunnel":
-            prepare_sshd((HOME / ".ssh" / "id_ed25519.pub").read_text(), self.uid)
-        project = None
-        if behaviour.needs_work:
-            project = WORK / f"{behaviour.name}-{'inside' if jailed else 'without'}" / "project"
-            plant_project(project, owner)
-        before = {
-            "cloud_secret": self.secrets.cloud,
-            "environment_secret": self.secrets.environment,
-            "metadata_secret": self.secrets.metadata,
-            "key_line": key_line,
-            "home_free": free_bytes(HOME),
-        }
+        project, before = self._plant(behaviour, jailed=jailed)
         record_file = WORK / f"{behaviour.name}.json"
         self.stand_ins.take()
         command = self._jailed(behaviour, project, record_file) if jailed else ["sh", "-c", behaviour.command]
@@ -131,6 +118,29 @@ class Director:
             "record": dict(call.record),
             "stopped_by": stopped_by(behaviour, dict(call.record)) if jailed else "",
         }
+
+    def _plant(self, behaviour: Behaviour, *, jailed: bool) -> tuple[Path | None, dict[str, Any]]:
+        """A fresh home and, where the call works on one, a fresh project; returns it and what to compare with."""
+        owner = 0 if jailed else self.uid
+        key_line = plant_home(self.secrets, owner)
+        if behaviour.name == "credentials":
+            # Readable for everybody: as root the jail has a uid of its own, and file modes are not the wall to show.
+            for entry in HOME.rglob("*"):
+                entry.chmod(0o755 if entry.is_dir() else 0o644)
+        if self.sshd and behaviour.name == "tunnel":
+            prepare_sshd((HOME / ".ssh" / "id_ed25519.pub").read_text(), self.uid)
+        project = None
+        if behaviour.needs_work:
+            project = WORK / f"{behaviour.name}-{'inside' if jailed else 'without'}" / "project"
+            plant_project(project, owner)
+        before = {
+            "cloud_secret": self.secrets.cloud,
+            "environment_secret": self.secrets.environment,
+            "metadata_secret": self.secrets.metadata,
+            "key_line": key_line,
+            "home_free": free_bytes(HOME),
+        }
+        return project, before
 
     def _jailed(self, behaviour: Behaviour, project: Path | None, record_file: Path) -> list[str]:
         options = [*behaviour.grants, "--why", behaviour.why, "--record", str(record_file)]
@@ -210,7 +220,8 @@ class Director:
         for entry in (project, *project.rglob("*")):
             os.chown(entry, self.uid, self.uid, follow_symlinks=False)
         planted = [name for name in PLANTED_HOOKS if (project / name).exists()]
-        if "touch" in (project / ".git" / "config").read_text() if (project / ".git" / "config").exists() else False:
+        config = project / ".git" / "config"
+        if config.exists() and "touch" in config.read_text():
             planted.append(".git/config")
         if shutil.which("git"):
             identity = ["-c", "user.name=dev", "-c", "user.email=dev@example.org"]
@@ -296,10 +307,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def record_id(record: dict[str, Any]) -> str:
-    return str(record.get("record_id") or record.get("identity", {}).get("record_id", ""))
-
-
 def stopped_by(behaviour: Behaviour, record: dict[str, Any]) -> str:
     """What the record says enforced the control: mechanism, how much of it held, and what was denied by name."""
     words = []
@@ -318,80 +325,6 @@ def stopped_by(behaviour: Behaviour, record: dict[str, Any]) -> str:
 def progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K  {text}", end="", file=sys.stderr, flush=True)
-
-
-# --- judging, outside the world ----------------------------------------------------------------------------
-
-
-def faults_of(row: dict[str, Any], *, inside: bool) -> list[str]:
-    """Why this row is no success: an attack that was none, a wall that did not hold, or a check that saw nothing."""
-    faults = []
-    if not row["without"]["happened"]:
-        faults.append("it did not work without the jail, so the run inside proves nothing")
-    if not inside:
-        return faults
-    half = row["inside"]
-    ending = half["record"].get("ending", {}).get("kind", "")
-    if not half["record"]:
-        faults.append(f"the call inside left no record (exit status {half['exit_code']})")
-    elif ending in FAILURES_OF_OURS:
-        faults.append(f"the call inside never ran: {ending}")
-    elif not half["attempted"]:
-        faults.append("the command inside never started")
-    if half["happened"] or not half["clean"]:
-        faults.append("NOT CONTAINED")
-    return faults
-
-
-def show(answer: dict[str, Any], *, inside: bool) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    table = Table(title="What ROME did, without our jail and inside it", show_lines=True)
-    headings = ["behaviour", "without", *(["inside", "what stopped it", "record"] if inside else [])]
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    failed = 0
-    for row in answer["rows"]:
-        faults = faults_of(row, inside=inside)
-        failed += bool(faults)
-        without = row["without"]
-        cells = [Text(row["title"]), Text(without["text"], style="red" if without["happened"] else "yellow")]
-        if inside:
-            half = row["inside"]
-            verdict = Text("\n".join([half["text"], *faults]), style="bold red" if faults else "green")
-            cells += [verdict, Text(half["stopped_by"]), Text(record_id(half["record"])[:13])]
-        table.add_row(*cells)
-    console.print(table)
-    if inside:
-        failed += show_audit(console, answer["audit"])
-    for row in answer["rows"]:
-        for fault in faults_of(row, inside=inside):
-            print(f"{row['name']}: {fault}", file=sys.stderr)
-            half = row["without"] if "without the jail" in fault else row["inside"]
-            print("  its output: " + ascii(half["output"][-600:]), file=sys.stderr)
-    total = len(answer["rows"])
-    real = sum(row["without"]["happened"] for row in answer["rows"])
-    contained = sum(not faults_of(row, inside=inside) for row in answer["rows"]) if inside else 0
-    console.print(
-        f"{real} of {total} were real without the jail"
-        + (f", {contained} of {total} were contained inside it." if inside else ".")
-    )
-    return 1 if failed else 0
-
-
-def show_audit(console: Any, audit: dict[str, Any]) -> int:
-    """Print one record in full; returns how many of the two checks failed."""
-    from rich.rule import Rule
-    from rich.text import Text
-
-    console.print(Rule(f"one record in full: sandbox audit show {audit['id']}"))
-    console.print(Text(audit["shown"] or f"no record to show: {audit['show_error']}"))
-    verdict = "verifies" if audit["verified"] else "DOES NOT VERIFY"
-    console.print(Text(f"the chain of all records {verdict}: {audit['verify_text']}"))
-    return (not audit["shown"]) + (not audit["verified"])
 
 
 def find_ssh() -> str:
@@ -413,7 +346,8 @@ def our_program(*, no_jail: bool) -> tuple[str, ...]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this behaviour only")
+    names = [behaviour.name for behaviour in behaviours("")]
+    parser.add_argument("--only", action="append", default=[], choices=names, help="run this behaviour only")
     parser.add_argument("--without-only", action="store_true", help="leave the run inside the jail out")
     parser.add_argument("--no-jail", action="store_true", help="isolate nothing, to see that every row then fails")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was seen to FILE")
