@@ -10,6 +10,7 @@ It stays outside the jail, waits for pid 1, and says when the jail is gone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -108,5 +109,7 @@ def _attend(launch: Launch, pid: int, pidfd: int, release: int) -> None:
     os.close(pidfd)
     # The pipe's write end stays open: its end of file tells pid 1 that we are gone, should the death signal race.
     _, wait_status = os.waitpid(pid, 0)
-    wire.send(launch.status, {"ev": "gone", "wait_status": wait_status})
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        # Fails when the supervisor gave the jail up or is gone itself: then nobody is left to tell.
+        wire.send(launch.status, {"ev": "gone", "wait_status": wait_status})
     os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 
@@ -34,6 +35,8 @@ class Launch:
         self.applied: list[str] = []
         self.notes: list[str] = []
         self.out_fds: dict[str, int] = {}
+        # What runs inside, once there is a call: argv, env, cwd.
+        self.call: dict[str, Any] = {}
 
     @property
     def root(self) -> str:
@@ -56,8 +59,7 @@ class Launch:
 
 
 def report_failure(launch: Launch, error: OSError) -> None:
-    """Tell the supervisor which step failed, and how."""
-    wire.send(
-        launch.status,
-        {"ev": "step_failed", "step": launch.step, "errno": error.errno, "message": str(error)},
-    )
+    """Tell the supervisor which step failed, and how. It may have gone meanwhile, which is often why."""
+    message: dict[str, object] = {"ev": "step_failed", "step": launch.step, "errno": error.errno, "message": str(error)}
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        wire.send(launch.status, message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import resource
 import select
@@ -36,6 +37,7 @@ def run(launch: Launch, release: int) -> None:
     try:
         _wait_for_release(launch, release)
         launch.run_steps("call", STEPS)
+        _park(launch)
         launch.step = "exec"
         tool_pid = _start_tool(launch)
     except OSError as error:
@@ -139,8 +141,11 @@ def landlock_rules(_launch: Launch, args: dict[str, Any]) -> None:
 
 
 def close_fds(launch: Launch, _args: dict[str, Any]) -> None:
-    """Close everything but the call's own descriptors."""
-    keep = {fd for name, fd in launch.fds.items() if name in (*STANDARD_FDS, "request", "result", "status", "terminal")}
+    """Close everything but the status channel and, where there is one, the terminal. The tool's streams come later."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for number in range(_STDIO_MAX + 1):
+        os.dup2(null, number)
+    keep = {fd for name, fd in launch.fds.items() if name in ("status", "terminal")}
     first = _STDIO_MAX + 1
     for fd in sorted(keep):
         if fd > first:
@@ -169,10 +174,26 @@ STEPS = {
 }
 
 
+def _park(launch: Launch) -> None:
+    """Sealed: say so, and wait for the call. Without one (the supervisor closed the channel) the jail ends unused."""
+    wire.send(launch.status, {"ev": "sealed", "steps": launch.applied, "notes": launch.notes})
+    while True:
+        message, fds = wire.receive(launch.status)
+        if message is None:
+            os._exit(0)
+        if message["op"] == "go":
+            break
+    names = message["fds"]
+    assert isinstance(names, list)
+    launch.fds.update(zip(names, fds, strict=True))
+    call_fd = launch.fds.pop("call")
+    launch.call = json.loads(wire.read_memfd(call_fd))
+    os.close(call_fd)
+
+
 def _start_tool(launch: Launch) -> int:
     """Fork and exec the tool. Raises OSError only for failures of ours; a program that cannot run is the tool's."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    wire.send(launch.status, {"ev": "sealed", "steps": launch.applied, "notes": launch.notes})
     error_read, error_write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -220,10 +241,10 @@ def _become_tool(launch: Launch, error_write: int) -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     os.umask(0o022)
-    plan = launch.plan
+    call = launch.call
     try:
-        os.chdir(plan["cwd"])
-        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])  # noqa: S606 - this is the point
+        os.chdir(call["cwd"])
+        os.execvpe(call["argv"][0], call["argv"], call["env"])  # noqa: S606 - this is the point
     except OSError as error:
         os.write(error_fd, b"%d" % (error.errno or errno.EIO))
     os._exit(127)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from sandbox._linux import wire
+from sandbox._linux import cgroup, syscalls, wire
 from sandbox.errors import LauncherUnavailable
 
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from sandbox._jail.zygote import main; main(int(sys.argv[1]))"
 READY_TIMEOUT_S = 30.0
+DEATH_TIMEOUT_S = 10.0
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -69,13 +74,6 @@ class Zygote:
             self._process.wait()
 
 
-def status_pair() -> tuple[socket.socket, socket.socket]:
-    """(our end, the jail's end) of one jail's status channel."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    return ours, theirs
-
-
 def prepare_mount_points(state: Path) -> Path:
     """The empty directories on which builders mount, each in a mount namespace of its own."""
     mnt = state / "mnt"
@@ -95,3 +93,149 @@ async def wait_readable(loop: asyncio.AbstractEventLoop, fd: int, timeout_s: flo
     finally:
         loop.remove_reader(fd)
     return True
+
+
+class Jail:
+    """One jail, from its launch to its end. It parks when it is sealed, and `go` makes the tool start in it.
+
+    Owns its status channel, the descriptors that it sends out, and its cgroup. Single use: `go` once, then `close`.
+    """
+
+    def __init__(self, name: str, group: cgroup.CallGroup | None) -> None:
+        self.name = name
+        self.group = group
+        self.pid = -1
+        self.fds: dict[str, int] = {}
+        self.steps_applied: list[str] = []
+        self.notes: list[str] = []
+        self.failure: dict[str, Any] = {}
+        self.is_killed = False
+        self.ready = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.on_event: Callable[[dict[str, Any]], None] | None = None
+        self._status: socket.socket | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def __repr__(self) -> str:
+        return f"<Jail {self.name} pid={self.pid} steps={len(self.steps_applied)} gone={self.gone.is_set()}>"
+
+    def launch(self, zygote: Zygote, message: Mapping[str, object], plan: bytes, seccomp: bytes) -> None:
+        """Have it built and sealed. Raises OSError when the zygote is gone."""
+        self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._status.setblocking(False)
+        with theirs, contextlib.ExitStack() as stack:
+            ends = {
+                "plan": wire.memfd("plan", plan),
+                "seccomp": wire.memfd("seccomp", seccomp),
+            }
+            if self.group is not None:
+                clone_fd = self.group.fds_for_clone
+                for index, path in enumerate(self.group.procs_paths(cloned=clone_fd is not None)):
+                    ends[f"procs{index}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            for fd in ends.values():
+                stack.callback(os.close, fd)
+            if self.group is not None and clone_fd is not None:
+                ends["cgroup"] = clone_fd
+            ends["status"] = theirs.fileno()
+            self._loop.add_reader(self._status, self._on_status)
+            zygote.launch(message, ends)
+
+    def go(self, call: Mapping[str, object], fds: Mapping[str, int]) -> None:
+        """Start the tool: `call` holds argv, env and cwd, `fds` its streams, which stay the caller's to close."""
+        assert self._status is not None
+        call_fd = wire.memfd("call", json.dumps(call).encode())
+        try:
+            names = {"call": call_fd, **fds}
+            wire.send(self._status, {"op": "go", "fds": list(names)}, list(names.values()))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the jail has ended; its end is what the caller will see
+        finally:
+            os.close(call_fd)
+
+    def signal(self, number: int) -> None:
+        """Have pid 1 send a signal to the tool's process group."""
+        if self._status is not None and not self.gone.is_set():
+            with contextlib.suppress(OSError):
+                wire.send(self._status, {"op": "signal", "number": number})
+
+    def kill(self) -> None:
+        """Killing pid 1 ends its whole pid namespace: nothing inside can outlive or ignore it."""
+        self.is_killed = True
+        if "pidfd" in self.fds:
+            with contextlib.suppress(ProcessLookupError):
+                syscalls.pidfd_kill(self.fds["pidfd"], signal.SIGKILL)
+        if self.group is not None:
+            self.group.kill(timeout_s=0)
+
+    def _on_status(self) -> None:
+        assert self._status is not None
+        try:
+            message, fds = wire.receive(self._status)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message, fds = None, []
+        if message is None:
+            self._loop.remove_reader(self._status)
+            self._end()
+            return
+        self._note(message, fds)
+
+    def _end(self) -> None:
+        self.gone.set()
+        self.ready.set()
+
+    def _note(self, message: dict[str, Any], fds: list[int]) -> None:
+        self.fds.update(zip(message.get("fds", ()), fds, strict=True))
+        event = message["ev"]
+        if event == "born":
+            self.pid = message["pid"]
+            self.notes = message["notes"]
+            if self.is_killed:
+                self.kill()
+        elif event == "sealed":
+            self.steps_applied, self.notes = message["steps"], message["notes"]
+            self.ready.set()
+        elif event == "executed":
+            self.steps_applied.append("exec")
+        elif event == "step_failed":
+            self.failure = message
+            self.ready.set()
+        elif event == "gone":
+            self._end()
+        if self.on_event is not None:
+            self.on_event(message)
+
+    async def wait_dead(self) -> None:
+        """Until every process inside is gone: pid 1 is reaped after all the others (pid_namespaces(7))."""
+        if "pidfd" in self.fds:
+            self.kill()
+            await wait_readable(self._loop, self.fds["pidfd"], DEATH_TIMEOUT_S)
+        elif self.group is not None:
+            self.group.kill()
+        if self._status is None:
+            return
+        self._loop.remove_reader(self._status)
+        # What pid 1 said last may still be queued behind the event that ended the wait.
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while True:
+                message, fds = wire.receive(self._status)
+                if message is None:
+                    break
+                self._note(message, fds)
+        self._status.close()
+        self._status = None
+
+    def close(self) -> None:
+        """Give back descriptors and group; what still runs inside is killed."""
+        if self._status is not None:
+            self.kill()
+            self._loop.remove_reader(self._status)
+            self._status.close()
+            self._status = None
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+        if self.group is not None:
+            self.group.destroy()
+            self.group = None

@@ -8,39 +8,14 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from sandbox._linux import cgroup, wire
+from sandbox._linux import wire
 from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
 from sandbox.outcome import Ending
-from sandbox.plan import LaunchPlan
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.work import Work
-
-_CGROUP_KEYS = {"memory": "memory_bytes", "pids": "pids", "cpus": "cpus", "io": "io_bytes_per_s"}
-
-
-def cgroup_limits(plan: LaunchPlan) -> dict[str, float | int]:
-    """Those limits of the plan that a cgroup carries. pid 1 is counted with the tool's tasks."""
-    found: dict[str, float | int] = {}
-    for limit in plan.limits:
-        if limit.mechanism.startswith("cgroup") and limit.control in _CGROUP_KEYS and limit.applied is not None:
-            assert isinstance(limit.applied, int | float)
-            found[_CGROUP_KEYS[limit.control]] = limit.applied + (1 if limit.control == "pids" else 0)
-    return found
-
-
-def io_devices(state: Path, plan: LaunchPlan) -> list[str]:
-    """The block devices behind what this call can write: an io limit is per device."""
-    paths = {str(state)}
-    for step in plan.steps:
-        if step.name == "workspace" and step.args.get("host_path"):
-            paths.add(step.args["host_path"])
-        elif step.name == "grants":
-            paths.update(grant["host_path"] for grant in step.args["paths"])
-    return sorted({device for path in paths if (device := cgroup.block_device(path)) is not None})
 
 
 @dataclass
@@ -63,7 +38,9 @@ def closing(ending: Ending, started: float) -> Gathered:
     )
 
 
-async def gather(ending: Ending, started: float, call: Call | None, work: Work) -> Gathered:
+async def gather(
+    ending: Ending, started: float, call: Call | None, work: Work, *, own_user_namespace: bool
+) -> Gathered:
     """Counters, digests, files and changes of a call that is over."""
     gathered = closing(ending, started)
     if call is None:
@@ -76,10 +53,10 @@ async def gather(ending: Ending, started: float, call: Call | None, work: Work) 
         output["truncated"] = bool(output.get("truncated")) or pump.truncated
         gathered.sections[key] = bytes(pump.kept)
     stats = call.stats()
-    isolation: dict[str, Any] = {"applied": call.steps_applied, "notes": call.notes}
-    if call.group is not None:
-        isolation["cgroup"] = call.group.name
-    left = await asyncio.to_thread(work.after, call.jail_fds, own_user_namespace=call.own_user_namespace)
+    isolation: dict[str, Any] = {"applied": call.jail.steps_applied, "notes": call.jail.notes}
+    if call.jail.group is not None:
+        isolation["cgroup"] = call.jail.group.name
+    left = await asyncio.to_thread(work.after, call.jail.fds, own_user_namespace=own_user_namespace)
     captured = {name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()}
     gathered.sections.update({f"file:{path}": data for path, data in left.collected.items()})
     gathered.extra["changes"] = left.changes

@@ -25,34 +25,32 @@ from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
 from sandbox.audit.recover import recover
 from sandbox.audit.store import Store
-from sandbox.errors import AuditError, LauncherUnavailable, SandboxError
-from sandbox.launchers.jail import Zygote, prepare_mount_points
+from sandbox.errors import AuditError, SandboxError
+from sandbox.launchers.jail import prepare_mount_points
 from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
-from sandbox.seccomp import compile as seccomp_compile
-from sandbox.supervisor import finish, identity
+from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
+from sandbox.supervisor.pool import Pool
 from sandbox.supervisor.work import Work
 
 STOP_TIMEOUT_S = 20.0
 
 
 class Supervisor:
-    """Owns the zygote, the cgroups, the chain and the table of running calls."""
+    """Owns the pool of jails, the cgroups, the chain and the table of running calls."""
 
     def __init__(self, control: socket.socket, state: Path) -> None:
         self.state = state
         self.facts = host.probe()
         self._control = control
         self._name = cgroup.owner_name(os.getpid())
-        self._host_uids: Iterator[int] | None = identity.host_uids()
         self._serial = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[str, Call] = {}
         self._closing = asyncio.Event()
-        self._filters: dict[str, bytes] = {}
         self._tree: cgroup.Tree | None = None
-        self._zygote: Zygote | None = None
+        self._pool: Pool
         self.chain: Chain = Store(state).open_chain("supervisor")
         self.host = {
             "id": os.uname().nodename,
@@ -65,9 +63,8 @@ class Supervisor:
         return f"<Supervisor pid={os.getpid()} calls={len(self._calls)} chain={self.chain.seq}>"
 
     def prepare(self) -> None:
-        """Bring up what calls need. The zygote first: it starts while the rest is done."""
+        """Bring up what calls need."""
         prepare_mount_points(self.state)
-        self._zygote = Zygote.start()
         cgroup.reap()
         tree = None
         try:
@@ -80,6 +77,7 @@ class Supervisor:
             where = {name: tree.where(name) for name in self.facts.cgroups}
             self.facts = self.facts.with_cgroups(where, tree.refused)
             self._tree = tree if tree.has_groups else None
+        self._pool = Pool(self.state, self._tree)
         for recovered in recover(self.state):
             if recovered.error:
                 print(f"sandbox: chain {recovered.chain_id}: {recovered.error}", file=sys.stderr)
@@ -88,9 +86,8 @@ class Supervisor:
         """Until the caller is gone."""
         loop = asyncio.get_running_loop()
         self._control.setblocking(False)
-        assert self._zygote is not None
         facts = wire.memfd("facts", json.dumps(self.facts.to_json()).encode())
-        hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._zygote.pid}
+        hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._pool.zygote.pid}
         try:
             wire.send(self._control, hello, [facts])
         except (BrokenPipeError, ConnectionResetError):
@@ -107,8 +104,7 @@ class Supervisor:
             call.stop("caller")
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
-        if self._zygote is not None:
-            self._zygote.close()
+        self._pool.close()
         if self._tree is not None:
             self._tree.close()
         self.chain.close()
@@ -179,12 +175,15 @@ class Supervisor:
         call: Call | None = None
         try:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
-            call = self._new_call(call_id, plan, fds)
+            jail = self._pool.take(plan)
+            owned = dict(fds)
+            fds.clear()
+            call = self._calls[call_id] = Call(call_id, plan, owned, jail)
             ending = await self._run_launched(call, reply, plan)
         except (OSError, SandboxError) as error:
             ending = Ending("launch_error", "host", error_type=type(error).__name__, message=str(error))
         try:
-            closing = await finish.gather(ending, started, call, work)
+            closing = await finish.gather(ending, started, call, work, own_user_namespace=self._pool.own_user_namespace)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
             self._calls.pop(call_id, None)
@@ -192,49 +191,16 @@ class Supervisor:
             if call is not None:
                 call.close()
 
-    def _new_call(self, call_id: str, plan: LaunchPlan, fds: dict[str, int]) -> Call:
-        fds["plan"] = wire.memfd("plan", plan.dumps())
-        fds["seccomp"] = wire.memfd("seccomp", self._filter(plan))
-        group = None
-        limits = finish.cgroup_limits(plan)
-        if self._tree is not None:
-            group = self._tree.create(f"call-{call_id.rpartition('-')[2]}", limits, finish.io_devices(self.state, plan))
-        elif limits:
-            raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
-        owned = dict(fds)
-        fds.clear()
-        call = self._calls[call_id] = Call(call_id, plan, owned, group)
-        call.own_user_namespace = self._host_uids is None
-        return call
-
-    def _filter(self, plan: LaunchPlan) -> bytes:
-        key = json.dumps(plan.seccomp, sort_keys=True)
-        if key not in self._filters:
-            self._filters[key] = seccomp_compile.program(plan.seccomp, cache_dir=self.state / "cache")
-        return self._filters[key]
-
     async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
         loop = asyncio.get_running_loop()
         loop.add_reader(reply, self._on_reply, reply, call)
         wall_time = plan.limit("wall_time")
         timeout_s = float(wall_time.applied) if wall_time and wall_time.applied else None
-        message: dict[str, object] = {
-            "host_uid": next(self._host_uids) if self._host_uids is not None else None,
-            "mnt": str(self.state / "mnt"),
-        }
         try:
-            seen = await call.run(self._live_zygote(), message, timeout_s)
+            seen = await call.run(timeout_s)
         finally:
             loop.remove_reader(reply)
         return classify(seen)
-
-    def _live_zygote(self) -> Zygote:
-        """The zygote, a new one if the old was killed: its jails died with it, the next call need not."""
-        if self._zygote is None or not self._zygote.is_alive():
-            if self._zygote is not None:
-                self._zygote.close()
-            self._zygote = Zygote.start()
-        return self._zygote
 
     def _on_reply(self, reply: socket.socket, call: Call) -> None:
         try:
