@@ -232,6 +232,10 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
     steps = [
         Step("private_propagation", "view"),
         Step("new_root", "view", {"disk_bytes": resources.disk_bytes, "inodes": resources.inodes}),
+        Step("etc_files", "view", {"hostname": HOSTNAME, "home": HOME, "host_paths": list(ETC_PATHS)}),
+        Step("devices", "view", {"nodes": list(DEVICE_NODES)}),
+        Step("private_places", "view", {"directories": PRIVATE_PLACES}),
+        # After the private places: the interpreter may be an environment under /tmp, which would be covered.
         Step(
             "system_view",
             "view",
@@ -241,9 +245,6 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
                 "runtime_files": [list(pair) for pair in around.runtime_files],
             },
         ),
-        Step("etc_files", "view", {"hostname": HOSTNAME, "home": HOME, "host_paths": list(ETC_PATHS)}),
-        Step("devices", "view", {"nodes": list(DEVICE_NODES)}),
-        Step("private_places", "view", {"directories": PRIVATE_PLACES}),
         Step("grants", "view", {"paths": _grants(manifest, around)}),
     ]
     if _has_workspace(manifest, call):
