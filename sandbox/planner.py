@@ -54,6 +54,8 @@ ETC_PATHS = tuple(
         "vim",
     )
 )
+# How many CPUs there are, as in /proc/cpuinfo: lscpu and libraries such as cpuinfo (of PyTorch) look here only.
+COPIED_FILES = tuple(f"/sys/devices/system/cpu/{name}" for name in ("online", "possible", "present"))
 DEVICE_NODES = ("null", "zero", "full", "random", "urandom", "tty")
 # The lists of container runtimes, plus the entries by which a machine is told from another.
 PROC_MASKED = (
@@ -241,6 +243,7 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
             "view",
             {
                 "directories": list(SYSTEM_DIRECTORIES),
+                "copied_files": list(COPIED_FILES),
                 "python_paths": [list(pair) for pair in around.python_paths],
                 "runtime_files": [list(pair) for pair in around.runtime_files],
             },

@@ -27,6 +27,7 @@ READ_ONLY = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV
 WRITABLE = mounts.ATTR_NOSUID | mounts.ATTR_NODEV
 MASK_DIR = "mask-dir"
 MASK_FILE = "mask-file"
+COPIED_MAX_BYTES = 4096
 
 
 def private_propagation(_launch: Launch, _args: dict[str, Any]) -> None:
@@ -51,9 +52,11 @@ def new_root(launch: Launch, args: dict[str, Any]) -> None:
 
 
 def system_view(launch: Launch, args: dict[str, Any]) -> None:
-    """The system's programs and libraries, read-only: directories bound, links copied as links."""
+    """The system's programs and libraries, read-only: directories bound, links copied as links, small files copied."""
     for path in args["directories"]:
         _replicate(launch, path)
+    for path in args["copied_files"]:
+        _copy(launch, path)
     for source, target in (*args["python_paths"], *args["runtime_files"]):
         if not os.path.lexists(launch.root + target):
             _bind_grant(launch, source, target, READ_ONLY)
@@ -187,6 +190,18 @@ def _replicate(launch: Launch, path: str) -> None:
         os.symlink(os.readlink(path), target)
         return
     _bind_grant(launch, path, path, READ_ONLY)
+
+
+def _copy(launch: Launch, path: str) -> None:
+    """A file of the jail's own with the same few bytes: nothing of the host's filesystem is in sight for it."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(COPIED_MAX_BYTES)
+    except OSError:
+        return  # a host without it, or one that hides it: the tool sees what we see
+    os.makedirs(os.path.dirname(launch.root + path), exist_ok=True)
+    with open(launch.root + path, "wb") as file:
+        file.write(data)
 
 
 def _mountpoint(launch: Launch, jail_path: str, *, directory: bool) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -101,9 +102,10 @@ class Jail:
     Owns its status channel, the descriptors that it sends out, and its cgroup. Single use: `go` once, then `close`.
     """
 
-    def __init__(self, name: str, group: cgroup.CallGroup | None) -> None:
+    def __init__(self, name: str, group: cgroup.CallGroup | None, host_uid: int | None) -> None:
         self.name = name
         self.group = group
+        self.host_uid = host_uid
         self.pid = -1
         self.fds: dict[str, int] = {}
         self.steps_applied: list[str] = []
@@ -143,6 +145,7 @@ class Jail:
     def go(self, call: Mapping[str, object], fds: Mapping[str, int]) -> None:
         """Start the tool: `call` holds argv, env and cwd, `fds` its streams, which stay the caller's to close."""
         assert self._status is not None
+        self._own_streams(fds)
         call_fd = wire.memfd("call", json.dumps(call).encode())
         try:
             names = {"call": call_fd, **fds}
@@ -151,6 +154,16 @@ class Jail:
             pass  # the jail has ended; its end is what the caller will see
         finally:
             os.close(call_fd)
+
+    def _own_streams(self, fds: Mapping[str, int]) -> None:
+        """Let the tool open its own pipes anew by /dev/stdin, /dev/stdout and /dev/stderr, as shells do.
+
+        Opening /proc/self/fd/N goes by the pipe's owner and mode (0600). A pipe that is read by its own writer harms
+        nobody but him.
+        """
+        for name in ("stdin", "stdout", "stderr"):
+            if self.host_uid is not None and name in fds and stat.S_ISFIFO(os.fstat(fds[name]).st_mode):
+                os.fchown(fds[name], self.host_uid, self.host_uid)
 
     def signal(self, number: int) -> None:
         """Have pid 1 send a signal to the tool's process group."""

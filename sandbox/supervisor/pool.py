@@ -132,8 +132,8 @@ class Pool:
             group = self._tree.create(name, limits, io_devices(self._state, plan))
         elif limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
-        jail = Jail(name, group)
         host_uid = next(self._host_uids) if self._host_uids is not None else None
+        jail = Jail(name, group, host_uid)
         steps = json.dumps({"steps": plan.to_json()["steps"]}, separators=(",", ":")).encode()
         try:
             jail.launch(
