@@ -410,6 +410,14 @@ def test_a_ceiling_lowers_and_takes_away_and_says_so(project: Path, write: Write
     assert resolved.origins["resources.memory"].line == 6
 
 
+def test_what_a_ceiling_lets_write_it_also_lets_read(project: Path, write: Write) -> None:
+    (project / "out/sub").mkdir(parents=True)
+    ceiling = write("ceiling.toml", '[filesystem]\nread = []\nwrite = ["out"]')
+    assert resolve("python", overrides={"read": ["out/sub"]}, ceiling=ceiling).manifest.filesystem.read == (
+        f"{project}/out/sub",
+    )
+
+
 def test_ceilings_are_found_by_themselves_and_the_systems_cannot_be_argued_away(
     project: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

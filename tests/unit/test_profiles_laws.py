@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,16 +22,25 @@ from sandbox.profile_parse import NOT_IN_CEILING, Source, parse_layer
 from sandbox.profile_schema import to_file_form
 
 BASE = Path("/law")  # nothing is there: these laws never look at files
-PATHS = ["/law/a", "/law/a/b", "/law/a/b/c", "/law/a/d", "/law/e", "/law/e/b"]
-PATTERNS = ["/law/a/b", "/law/e", "**/b", "/law/*/d", "**/c"]
-HOSTS = ["x.k.org:443", "y.k.org:443", "x.y.k.org:443", "x.k.org:22", "k.org:443", "10.1.2.3:443"]
-RULES = ["x.k.org:443", "x.k.org:*", "*.k.org:443", "**.k.org:443", "**.y.k.org:*", "10.1.0.0/16:443", "10.0.0.0/8:*"]
+PATHS = ["/law/a", "/law/a/b", "/law/a/b/c", "/law/ab", "/law/e", "/law/e/b"]
+PATTERNS = ["/law/a/b", "/law/e", "**/b", "/law/*/e", "**/c"]
+HOSTS = ["x.k.org:443", "xk.org:443", "y.k.org:443", "x.y.k.org:443", "x.k.org:22", "k.org:443", "10.1.2.3:443"]
+RULES = [
+    "x.k.org:443",
+    "k.org:443",
+    "x.k.org:*",
+    "*.k.org:443",
+    "**.k.org:443",
+    "**.y.k.org:*",
+    "10.1.0.0/16:443",
+    "10.0.0.0/8:*",
+]
 NAMES = ["A", "B", "C"]
 CONTROLS = ["memory", "cpus", "io"]
 
 
-def some(values: list[str]) -> st.SearchStrategy[list[str]]:
-    return st.lists(st.sampled_from(values), max_size=3, unique=True)
+def some(values: list[str], most: int = 3) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(values), max_size=most, unique=True)
 
 
 def sizes(*, unlimited: bool = False) -> st.SearchStrategy[str]:
@@ -38,20 +48,31 @@ def sizes(*, unlimited: bool = False) -> st.SearchStrategy[str]:
     return numbers | st.just("unlimited") if unlimited else numbers
 
 
+ABSENT = object()
+TOPICS = ["filesystem", "network", "rest"]
+Topic = pytest.mark.parametrize("topic", TOPICS)
+
+
 def section(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({}, optional=keys)
+    """A table in which each key is usually there."""
+    drawn = st.fixed_dictionaries({key: st.one_of(value, value, st.just(ABSENT)) for key, value in keys.items()})
+    return drawn.map(lambda table: {key: value for key, value in table.items() if value is not ABSENT})
 
 
-def shape(*, ceiling: bool = False) -> st.SearchStrategy[dict[str, Any]]:
-    filesystem = {"read": some(PATHS), "write": some([*PATHS, ":workspace"]), "deny": some(PATTERNS)}
+def shape(topic: str, *, ceiling: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+    """A profile about one topic, so that two of them have something to disagree on."""
+    filesystem = {"read": some(PATHS), "write": some([*PATHS, ":workspace"]), "deny": some(PATTERNS, 1)}
     environment: dict[str, st.SearchStrategy[Any]] = {"allow": some(NAMES)}
     if not ceiling:
-        filesystem["workspace"] = st.sampled_from([*PATHS, ""])
+        filesystem["workspace"] = st.sampled_from([*PATHS, "", ""])
+        filesystem["workspace_mode"] = st.sampled_from(["ro", "cow", "rw"])
         environment["set"] = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["1", "2"]), max_size=2)
-    modes = st.sampled_from(["none", "allowlist"])
+    if topic == "filesystem":
+        return section(filesystem=section(**filesystem))
+    if topic == "network":
+        mode = section(mode=st.sampled_from(["none", "allowlist"]))
+        return section(network=mode | section(allow=some(RULES), upload_max=sizes(unlimited=True)))
     return section(
-        filesystem=section(**filesystem),
-        network=section(mode=modes) | section(allow=some(RULES), upload_max=sizes(unlimited=True)),
         resources=section(memory=sizes(), pids=st.integers(1, 9), io=st.sampled_from(["1MiB/s", "unlimited"])),
         gpu=section(count=st.integers(0, 3)),
         environment=section(**environment),
@@ -144,32 +165,46 @@ def connects(rule: str, host: str) -> bool:
     return (to_name.endswith(name[1:]) and extra != "" and "." not in extra) if "*" in name else name == to_name
 
 
-@given(shape())
-def test_merging_the_same_profile_twice_changes_nothing(table: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_merging_the_same_profile_twice_changes_nothing(topic: str, data: st.DataObject) -> None:
+    table = data.draw(shape(topic))
     layer = parse(table)
     assert merge(layer, layer).lists == layer.lists
     assert merge(layer, layer).scalars == layer.scalars
 
 
-@given(shape(), shape(), shape())
-def test_merging_is_associative(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_merging_is_associative(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
+    b = data.draw(shape(topic))
+    c = data.draw(shape(topic))
     one, two, three = parse(a), parse(b), parse(c)
     left, right = merge(merge(one, two), three), merge(one, merge(two, three))
     assert (left.lists, left.scalars) == (right.lists, right.scalars)
 
 
-@given(shape(), shape())
-@settings(max_examples=400)
-def test_no_widening_means_no_new_right(a: dict[str, Any], b: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_no_widening_means_no_new_right(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
+    b = data.draw(shape(topic))
     inner, outer = whole(merge(parse(b), parse(a))), whole(parse(b))
     if sound(inner) and sound(outer) and not widenings(inner, outer):
         assert rights(inner) <= rights(outer)
 
 
-@given(shape(), shape())
-@settings(max_examples=400)
-def test_a_widening_is_only_reported_where_something_is_wider(a: dict[str, Any], b: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_widening_is_only_reported_where_something_is_wider(topic: str, data: st.DataObject) -> None:
     """Not every widening shows in the probes, but what is left unchanged must never be reported."""
+    a = data.draw(shape(topic))
+    b = data.draw(shape(topic))
     layer = whole(parse(a))
     assert widenings(layer, layer) == []
     other = whole(parse(b))
@@ -177,9 +212,12 @@ def test_a_widening_is_only_reported_where_something_is_wider(a: dict[str, Any],
         assert rights(layer) == rights(other)
 
 
-@given(shape(), shape(ceiling=True))
-@settings(max_examples=400)
-def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(a: dict[str, Any], c: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
+    c = data.draw(shape(topic, ceiling=True))
     layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
     if not sound(layer) or (under_it := capped(layer, ceiling)) is None:
         return
@@ -197,10 +235,13 @@ def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(a: dict[str, An
             assert {r for r in left if r[0] == kind} <= named
 
 
-@given(shape(), shape(ceiling=True))
-@settings(max_examples=300)
-def test_a_ceiling_takes_no_more_than_it_must(a: dict[str, Any], c: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_ceiling_takes_no_more_than_it_must(topic: str, data: st.DataObject) -> None:
     """What both the layer and the ceiling permit is still permitted, paths and hosts among it."""
+    a = data.draw(shape(topic))
+    c = data.draw(shape(topic, ceiling=True))
     layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
     if not sound(layer) or (under_it := capped(layer, ceiling)) is None:
         return
@@ -214,8 +255,12 @@ def test_a_ceiling_takes_no_more_than_it_must(a: dict[str, Any], c: dict[str, An
     assert {right for right in both if right[0] in kinds} <= rights(under_it)
 
 
-@given(shape(), shape(ceiling=True))
-def test_a_ceiling_is_idempotent(a: dict[str, Any], c: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_ceiling_is_idempotent(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
+    c = data.draw(shape(topic, ceiling=True))
     layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
     once = capped(layer, ceiling) if sound(layer) else None
     if once is not None:
@@ -224,9 +269,13 @@ def test_a_ceiling_is_idempotent(a: dict[str, Any], c: dict[str, Any]) -> None:
         assert to_manifest(twice) == to_manifest(once)
 
 
-@given(shape(), shape(ceiling=True), shape(ceiling=True))
-@settings(max_examples=300)
-def test_ceilings_commute(a: dict[str, Any], c: dict[str, Any], d: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_ceilings_commute(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
+    c = data.draw(shape(topic, ceiling=True))
+    d = data.draw(shape(topic, ceiling=True))
     layer, one, other = whole(parse(a)), parse(c, ceiling=True), parse(d, ceiling=True)
     if not sound(layer):
         return
@@ -240,10 +289,14 @@ def test_ceilings_commute(a: dict[str, Any], c: dict[str, Any], d: dict[str, Any
         assert rights(left) == rights(right)
 
 
-@given(shape(), shape(), shape(ceiling=True))
-@settings(max_examples=300)
-def test_a_ceiling_commutes_with_narrowing(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_ceiling_commutes_with_narrowing(topic: str, data: st.DataObject) -> None:
     """Narrower before the ceiling is narrower after it."""
+    a = data.draw(shape(topic))
+    b = data.draw(shape(topic))
+    c = data.draw(shape(topic, ceiling=True))
     layer, ceiling = whole(parse(a)), parse(c, ceiling=True)
     narrow = {name: {k: v for k, v in body.items() if f"{name}.{k}" not in NOT_IN_CEILING} for name, body in b.items()}
     narrower = capped(layer, parse(narrow, ceiling=True)) if sound(layer) else None
@@ -255,8 +308,12 @@ def test_a_ceiling_commutes_with_narrowing(a: dict[str, Any], b: dict[str, Any],
         assert rights(low) <= rights(high)
 
 
-@given(shape(), some(PATTERNS))
-def test_adding_a_deny_never_grants(a: dict[str, Any], deny: list[str]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_adding_a_deny_never_grants(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
+    deny = data.draw(some(PATTERNS))
     layer = parse(a)
     denied = whole(merge(layer, parse({"filesystem": {"deny": deny}})))
     if sound(denied):
@@ -264,8 +321,11 @@ def test_adding_a_deny_never_grants(a: dict[str, Any], deny: list[str]) -> None:
         assert rights(denied) <= rights(whole(layer))
 
 
-@given(shape())
-def test_resolving_what_is_resolved_changes_nothing(a: dict[str, Any]) -> None:
+@Topic
+@given(data=st.data())
+@settings(max_examples=60)
+def test_resolving_what_is_resolved_changes_nothing(topic: str, data: st.DataObject) -> None:
+    a = data.draw(shape(topic))
     layer = whole(parse(a))
     if not sound(layer):
         return
