@@ -134,7 +134,8 @@ FIELDS: Final[tuple[Field, ...]] = (
 BY_KEY: Final = {field.key: field for field in FIELDS}
 BY_MANIFEST_KEY: Final = {f"{field.section}.{field.field}": field for field in FIELDS}
 ALIASES: Final = {field.alias: field for field in FIELDS if field.alias}
-TOP_KEYS: Final = ("name", "description", "extends", "remove", "sealed")
+# "$schema" is for editors of JSON files; nothing reads it here.
+TOP_KEYS: Final = ("name", "description", "extends", "remove", "sealed", "$schema")
 SETTING: Final = "environment.set"
 
 

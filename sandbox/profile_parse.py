@@ -60,7 +60,7 @@ def parse_layer(table: Mapping[str, Any], source: Source) -> Layer:
     lists: dict[str, Items] = {}
     for section, body in table.items():
         if section in TOP_KEYS:
-            if source.ceiling and section not in ("name", "description"):
+            if source.ceiling and section in ("extends", "remove", "sealed"):
                 raise source.origin(section).error("has no place in a ceiling, which only takes away")
             continue
         for spec, raw in _section(section, body, source):

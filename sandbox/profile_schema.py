@@ -74,6 +74,7 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {
+            "$schema": {"type": "string"},
             "name": {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
             "description": {"type": "string", "maxLength": 1000},
             "extends": {

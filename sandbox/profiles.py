@@ -275,12 +275,23 @@ def _check_sealed(layer: Layer, bounds: tuple[Bound, ...]) -> None:
 
 
 def _ceilings(given: Path | None) -> Iterator[Path]:
-    if os.path.lexists(SYSTEM_CEILING):
+    if _system_ceiling_is_there():
         yield SYSTEM_CEILING
     variable = os.environ.get(CEILING_VARIABLE)
     path = given if given is not None else Path(variable) if variable else None
     if path is not None:
         yield Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _system_ceiling_is_there() -> bool:
+    """Only "there is none" counts as none: a ceiling that we may not look at must not be skipped."""
+    try:
+        os.lstat(SYSTEM_CEILING)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as err:
+        raise ProfileError(f"cannot be looked at: {err.strerror}", where=str(SYSTEM_CEILING)) from err
+    return True
 
 
 def _under_ceiling(layer: Layer, path: Path) -> tuple[Layer, tuple[str, ...], str]:
@@ -307,7 +318,7 @@ def _check_paths(layer: Layer) -> tuple[Layer, tuple[str, ...]]:
             else:
                 asked = f" (asked as {item.origin.asked!r})" if item.origin.asked not in ("", item.value) else ""
                 hint = f'create it, or mark it optional: "?{item.origin.asked or item.value}"'
-                raise item.origin.error(f"the path {item.value!r}{asked} is not there", hint=hint)
+                raise item.origin.error(f"the path {item.value!r}{asked} is not there, or cannot be reached", hint=hint)
         layer = layer.with_list(key, kept)
     workspace = layer.scalars["filesystem.workspace"]
     if workspace.value and not os.path.isdir(workspace.value):

@@ -434,6 +434,16 @@ def test_ceilings_are_found_by_themselves_and_the_systems_cannot_be_argued_away(
     assert "nothere.toml: cannot be read" in fails("python")
 
 
+def test_a_ceiling_that_cannot_be_looked_at_is_not_skipped(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(profiles, "SYSTEM_CEILING", tmp_path / "loop/ceiling.toml")
+    assert "cannot be looked at" in fails("minimal")
+    monkeypatch.setattr(profiles, "SYSTEM_CEILING", tmp_path / "nothere/ceiling.toml")
+    assert resolve("minimal")
+
+
 @pytest.mark.parametrize(
     ("ceiling", "says"),
     [

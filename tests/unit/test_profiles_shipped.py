@@ -147,3 +147,19 @@ def test_what_the_schema_refuses_we_refuse_too(table: dict[str, Any]) -> None:
 def test_what_the_schema_takes_we_take_too(table: dict[str, Any]) -> None:
     jsonschema.validate(table, json_schema())
     assert resolve(table)
+
+
+def test_the_examples_of_the_page_on_profiles_work(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/profiles.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        jsonschema.validate(tomllib.loads(block), json_schema())
+    for number, block in enumerate(blocks[:2]):
+        file = tmp_path / f"example{number}.toml"
+        file.write_text(block)
+        assert resolve(file)
+    (tmp_path / "ceiling.toml").write_text(blocks[2])
+    assert resolve("python", ceiling=tmp_path / "ceiling.toml").manifest.isolation.best_effort == ()
+    for field in FIELDS:
+        assert f"`{field.name}`" in page, field.key
