@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sandbox.codec import CodecError
+    from sandbox.context import CallContext, call_context
     from sandbox.errors import (
         AuditError,
         CallError,
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CallContext": "context",
+    "CodecError": "codec",
     "Manifest": "manifest",
     "Outcome": "outcome",
     "Sandbox": "runtime",
+    "call_context": "context",
     "resolve": "profiles",
     "sandboxed": "tool",
     **dict.fromkeys(
@@ -67,10 +72,12 @@ _HOMES = {
 
 __all__ = [
     "AuditError",
+    "CallContext",
     "CallError",
     "CallLost",
     "CallTimeout",
     "ChainBroken",
+    "CodecError",
     "Denied",
     "InternalError",
     "LaunchError",
@@ -86,6 +93,7 @@ __all__ = [
     "ToolFailed",
     "Unenforceable",
     "__version__",
+    "call_context",
     "resolve",
     "sandboxed",
 ]

@@ -68,6 +68,13 @@ def path_facts(manifest: Manifest) -> dict[str, PathFact]:
     return {path: _fact(path) for path in paths}
 
 
+def granted_directories(manifest: Manifest) -> list[str]:
+    """Host paths that are readable inside, the workspace among them."""
+    filesystem = manifest.filesystem
+    paths = [path for path in (*filesystem.read, *filesystem.write, filesystem.workspace) if path.startswith("/")]
+    return list(dict.fromkeys(paths))
+
+
 def _fact(path: str) -> PathFact:
     try:
         info = os.lstat(path)

@@ -22,7 +22,7 @@ from sandbox import prepare
 from sandbox._linux import wire
 from sandbox.audit.store import state_dir
 from sandbox.audit.view import Record
-from sandbox.codec import decode_reply, encode_call, importable_under, return_annotation
+from sandbox.codec import decode_reply, encode_call, granted_sys_path, importable_under, return_annotation
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.link import Link, Pending
@@ -226,8 +226,9 @@ class Sandbox:
     def _function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CallContext | None
     ) -> Job:
-        encoded = encode_call(func, args, kwargs, importable=_importable())
         manifest = self._resolved.manifest
+        granted = granted_sys_path(prepare.granted_directories(manifest))
+        encoded = encode_call(func, args, kwargs, importable=_importable(tuple(granted)))
         spec = CallSpec(
             kind="function",
             argv=(),
@@ -236,7 +237,7 @@ class Sandbox:
             **_context_fields(context or current_context()),
         )
         spec = prepare.function_spec(spec, encoded, capture_arguments="args" in manifest.audit.capture)
-        request = encoded.request(sys_path=[prepare.SITE])
+        request = encoded.request(sys_path=[prepare.SITE, *granted])
         return Job(spec, self._resolved, {}, request=request, annotation=return_annotation(func))
 
     def _decide(self, job: Job) -> LaunchPlan:
@@ -290,9 +291,9 @@ def _context_fields(context: CallContext) -> dict[str, Any]:
     return {name: getattr(context, name) for name in context.__slots__}
 
 
-@functools.cache
-def _importable() -> Callable[[str], bool]:
-    return importable_under(prepare.interpreter().roots)
+@functools.lru_cache(maxsize=64)
+def _importable(granted: tuple[str, ...]) -> Callable[[str], bool]:
+    return importable_under([*prepare.interpreter().roots, *granted])
 
 
 class _memfds:  # noqa: N801 - a context manager used like a function
