@@ -286,6 +286,10 @@ class Manifest(BaseModel):
                 raise Contradiction(message, "isolation.best_effort", control, ("isolation.required", control))
         return self
 
+    def __hash__(self) -> int:
+        # `environment.set` is a dict, so the hash that pydantic generates would fail.
+        return hash(self.digest)
+
     @property
     def workspace_writable(self) -> bool:
         """Whether the call may write in its workspace (the host's directory only in mode "rw")."""

@@ -125,7 +125,7 @@ def resolve(
     Raises:
         ProfileError, ManifestError: naming the file, line and key, the value and what is allowed.
     """
-    base = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+    base = _directory(cwd)
     loaded = _load_source(source, base)
     if overrides:
         layer = parse_layer(flatten_overrides(overrides), Source("overrides", base))
@@ -160,7 +160,7 @@ def resolve(
 
 def available(cwd: Path | None = None) -> list[ProfileInfo]:
     """Every profile that has a name. A broken one is listed with its error, never left out."""
-    project = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+    project = _directory(cwd)
     infos = []
     for place in all_places(project):
         try:
@@ -175,8 +175,15 @@ def available(cwd: Path | None = None) -> list[ProfileInfo]:
 
 def load_names(cwd: Path | None = None) -> list[str]:
     """The names `resolve` takes, sorted."""
-    project = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+    project = _directory(cwd)
     return sorted({place.name for place in all_places(project)})
+
+
+def _directory(cwd: Path | None) -> Path:
+    try:
+        return Path(os.path.abspath(os.getcwd() if cwd is None else cwd))
+    except FileNotFoundError as err:
+        raise ProfileError("the current directory is not there any more", hint="change to one, or give cwd") from err
 
 
 def _load_source(source: str | Path | Manifest | Resolved | Mapping[str, Any], base: Path) -> _Loaded:

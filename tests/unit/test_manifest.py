@@ -130,6 +130,11 @@ def test_a_manifest_cannot_be_changed() -> None:
         manifest.name = "x"  # type: ignore[misc]
 
 
+def test_equal_manifests_hash_alike() -> None:
+    one, same, other = (Manifest(environment={"set": {"A": value}}) for value in ("1", "1", "2"))
+    assert len({one, same, other}) == 2
+
+
 def test_defaults_are_not_shared_between_manifests() -> None:
     Manifest().environment.set["LEAK"] = "1"
     assert Manifest().environment.set == {}

@@ -665,3 +665,12 @@ def test_a_resolved_manifest_resolves_to_itself(project: Path) -> None:
     assert resolve(first.manifest).manifest == first.manifest
     assert resolve(first.manifest).digest == first.digest
     assert resolve(Manifest()).manifest == Manifest()
+
+
+def test_a_current_directory_that_is_gone_is_one_clear_error(project: Path) -> None:
+    gone = project / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    assert "current directory is not there" in fails("python")
+    assert resolve("python", cwd=project)
