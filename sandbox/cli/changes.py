@@ -111,15 +111,26 @@ def commit(
 
 
 @app.command()
-def discard(record_id: IdArgument, state: StateOption = None, as_json: JsonOption = False) -> None:
+def discard(
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="A record's id, or its start.")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="Forget the changes of every call.")] = False,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Forget a call's changes; the directory it worked on stays as it is."""
+    from sandbox.workspace import list_changesets
+
+    if everything == bool(record_id):
+        _fail("give one ID, or --all")
     with _errors():
-        changeset = _load(state, record_id)
-        changeset.discard()
+        found = list(list_changesets(_store(state))) if everything else [_load(state, record_id)]
+        for changeset in found:
+            changeset.discard()
     if as_json:
-        _print_json({"record_id": changeset.record_id, "discarded": len(changeset.pending)})
+        _print_json([{"record_id": changeset.record_id, "discarded": len(changeset.pending)} for changeset in found])
     else:
-        typer.echo(f"sandbox changes: {len(changeset.pending)} changes forgotten", err=True)
+        count = sum(len(changeset.pending) for changeset in found)
+        typer.echo(f"sandbox changes: {count} changes of {len(found)} calls forgotten", err=True)
 
 
 def _load(state: str | None, record_id: str) -> Changeset:

@@ -11,9 +11,9 @@ Source: Documentation/filesystems/overlayfs.rst.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -25,20 +25,19 @@ from sandbox._linux import files
 from sandbox.errors import WorkspaceError
 from sandbox.workspace.changeset import CONTENT, Before, Change, Changeset, check_record_id
 from sandbox.workspace.collect import CHUNK_BYTES, write_all
+from sandbox.workspace.git_dirs import mark_git_dirs
 from sandbox.workspace.links import leads_outside
-from sandbox.workspace.names import join, parent_of
+from sandbox.workspace.names import join
 from sandbox.workspace.protected import (
-    GIT_BARE,
     LINK_OUTSIDE,
-    acts_in_git_dir,
-    is_git_dir,
     is_protected,
 )
 from sandbox.workspace.scan import entry_type
-from sandbox.workspace.walk import Directory, Entry, Unreadable, walk
+from sandbox.workspace.walk import Directory, Entry, Unreadable, remove_path, walk
 
 _RESOLVE = files.RESOLVE_INSIDE | files.RESOLVE_NO_XDEV
 _SKIPPED_MAX = 1000
+_STALE_S = 60.0
 
 # How much of the lower shows through a directory of the upper: all of it, none of it although it has one there,
 # or it has none.
@@ -73,12 +72,15 @@ def capture(overlay: Overlay, store_dir: Path, *, record_id: str, limits: StoreL
     final = store_dir / check_record_id(record_id)
     partial = store_dir / f"{record_id}.partial"
     store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _remove_stale(store_dir)
     partial.mkdir(mode=0o700)
+    lock_fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX)
         (partial / CONTENT).mkdir(mode=0o700)
         reader = _Reader(overlay, partial / CONTENT, limits)
         reader.read()
-        changes = _mark_git_dirs(reader.changes, overlay.lower_fd)
+        changes = mark_git_dirs(reader.changes, overlay.lower_fd)
         changeset = Changeset(
             record_id=record_id,
             lower_path=overlay.lower_path,
@@ -89,14 +91,33 @@ def capture(overlay: Overlay, store_dir: Path, *, record_id: str, limits: StoreL
             directory=final,
         )
         if not changes and not reader.skipped:
-            shutil.rmtree(partial)
+            remove_path(str(partial))
             return replace(changeset, directory=None)
         changeset.save(partial)
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_path(str(partial))
         raise
+    finally:
+        os.close(lock_fd)
     return changeset
+
+
+def _remove_stale(store_dir: Path) -> None:
+    """Remove what captures left that were killed: nobody holds its lock, and it is not just being made."""
+    for path in store_dir.glob("*.partial"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # finished or removed meanwhile
+        try:
+            if time.time() - os.fstat(fd).st_mtime > _STALE_S:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_path(str(path))
+        except OSError:
+            continue  # somebody is still writing it, or removes it as well
+        finally:
+            os.close(fd)
 
 
 class _Reader:
@@ -290,56 +311,6 @@ class _Reader:
             self.skipped.append((path, reason))
         elif len(self.skipped) == _SKIPPED_MAX:
             self.skipped.append(("", "more-skipped"))
-
-
-def _mark_git_dirs(changes: list[Change], lower_fd: int) -> list[Change]:
-    """Protect what acts in bare repositories, and what would make a directory one.
-
-    The parts may arrive in several commits, each harmless alone, so the directory is judged as it would be after.
-    """
-    after = {change.path: change.kind != "deleted" for change in changes}
-    suspects = {parent_of(path) for path in after if path.rpartition("/")[2] in _GIT_DIR_PARTS}
-    suspects |= {parent_of(parent_of(path)) for path in after if parent_of(path).rpartition("/")[2] == "hooks"}
-    found: dict[str, _GitDir] = {}
-    for directory in suspects:
-        was = {name: _exists(lower_fd, join(directory, name)) for name in _GIT_DIR_PARTS}
-        now = {name: after.get(join(directory, name), was[name]) for name in _GIT_DIR_PARTS}
-        if is_git_dir(directory, now.__getitem__):
-            is_new = not is_git_dir(directory, was.__getitem__)
-            found[directory] = _GitDir(is_new, is_new and join(directory, "HEAD") not in after)
-    if not found:
-        return changes
-    return [replace(c, protected=GIT_BARE) if _acts(c, found) and not c.protected else c for c in changes]
-
-
-_GIT_DIR_PARTS = ("HEAD", "objects", "refs", "commondir", "config", "config.worktree", "hooks")
-
-
-@dataclass(frozen=True, slots=True)
-class _GitDir:
-    """A directory that git will take for a repository; `whole` when leaving HEAD out would not undo that."""
-
-    is_new: bool
-    whole: bool
-
-
-def _acts(change: Change, found: dict[str, _GitDir]) -> bool:
-    if change.type == "dir":
-        return False
-    directory, _, name = change.path.rpartition("/")
-    if directory in found and (acts_in_git_dir(name) or (name == "HEAD" and found[directory].is_new)):
-        return True
-    if parent_of(directory) in found and directory.rpartition("/")[2] == "hooks" and not name.endswith(".sample"):
-        return True
-    return any(git.whole and change.path.startswith(join(path, "")) for path, git in found.items())
-
-
-def _exists(root_fd: int, path: str) -> bool:
-    try:
-        os.close(files.open_beneath(root_fd, path, os.O_PATH))
-    except OSError:
-        return False
-    return True
 
 
 def _mode(status: os.stat_result) -> int:

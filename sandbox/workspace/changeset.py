@@ -7,11 +7,9 @@ what came from the call are names, link texts and bytes, stored as data.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from sandbox._linux import files
 from sandbox.errors import WorkspaceError
 from sandbox.workspace.journal import read_journal
 from sandbox.workspace.names import from_json, is_relative, printable, to_json
+from sandbox.workspace.walk import remove_path
 
 if TYPE_CHECKING:
     from sandbox.workspace.capture import Overlay, StoreLimits
@@ -192,7 +191,7 @@ class Changeset:
     def discard(self) -> None:
         """Forget the changes. The host's directory stays as it is."""
         if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=False)
+            remove_path(str(self.directory))
 
     def content_path(self, change: Change) -> Path:
         if self.directory is None or not re.fullmatch(r"[0-9]+", change.content):
@@ -205,6 +204,8 @@ class Changeset:
             yield from self._diff_one(change)
 
     def _diff_one(self, change: Change) -> Iterator[str]:
+        import difflib  # slow to load, and the supervisor never shows a diff
+
         name = printable(change.path)
         old = self._lower_text(change) if change.kind == "modified" else []
         new = _text(os.open(self.content_path(change), os.O_RDONLY | os.O_CLOEXEC)) if change.content else None

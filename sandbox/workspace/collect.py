@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -221,7 +220,7 @@ def copy_out(fd: int, dest_dir_fd: int, path: str, limit: int) -> int:
     """Write a copy beside its final name, then put it there in one step. Returns the bytes copied."""
     parent_fd = make_directories(dest_dir_fd, parent_of(path))
     name = path.rpartition("/")[2]
-    temporary = f".collecting-{secrets.token_hex(8)}"
+    temporary = f".collecting-{os.urandom(8).hex()}"
     try:
         present = fs.lstat_at(parent_fd, name)
         if present is not None and not stat.S_ISREG(present.st_mode):

@@ -25,7 +25,7 @@ from sandbox.workspace.apply import Applier, Conflict
 from sandbox.workspace.changeset import Change, Changeset
 from sandbox.workspace.compare import Comparison, current_umask, name_of
 from sandbox.workspace.journal import JOURNAL, Journal
-from sandbox.workspace.names import parent_of, printable, to_json
+from sandbox.workspace.names import ancestors, parent_of, printable, to_json
 from sandbox.workspace.protected import check_allow, is_allowed
 
 _RESOLVE = files.RESOLVE_INSIDE | files.RESOLVE_NO_XDEV
@@ -135,6 +135,7 @@ class _Committer:
                 self.result.protected.append((change.path, change.protected))
             else:
                 todo.append((number, change))
+        todo = _without_hollow_directories(todo, [path for path, _ in self.result.protected])
         self._check_all(todo)
         self._comparison.strict = False
         for number, change in ordered(todo):
@@ -169,7 +170,7 @@ class _Committer:
         try:
             parent_fd = self._open_parent(change.path)
         except (FileNotFoundError, Conflict) as error:
-            if any(path in new_dirs for path in _ancestors(change.path)):
+            if any(path in new_dirs for path in ancestors(change.path)):
                 return  # the directory is still to come; its own check says whether it may
             if isinstance(error, Conflict):
                 raise
@@ -257,7 +258,7 @@ def ordered(todo: Iterable[tuple[int, Change]]) -> list[tuple[int, Change]]:
         change = item[1]
         depth = change.path.count("/")
         if change.kind == "deleted":
-            return (0 if any(path in replaced for path in _ancestors(change.path)) else 3, -depth, change.path)
+            return (0 if any(path in replaced for path in ancestors(change.path)) else 3, -depth, change.path)
         if change.type == "dir":
             return (4, -depth, change.path) if change.kind == "mode" else (1, depth, change.path)
         return (2, depth, change.path)
@@ -265,6 +266,12 @@ def ordered(todo: Iterable[tuple[int, Change]]) -> list[tuple[int, Change]]:
     return sorted(items, key=rank)
 
 
-def _ancestors(path: str) -> Iterator[str]:
-    while path := parent_of(path):
-        yield path
+def _without_hollow_directories(todo: list[tuple[int, Change]], withheld: Iterable[str]) -> list[tuple[int, Change]]:
+    """Leave out new directories that only what is withheld would go into: they wait for it."""
+    waiting = {above for path in withheld for above in ancestors(path)}
+    used = {above for _, change in todo if change.type != "dir" for above in ancestors(change.path)}
+    return [
+        (number, change)
+        for number, change in todo
+        if not (change.type == "dir" and change.kind == "added" and change.path in waiting - used)
+    ]

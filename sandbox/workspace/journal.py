@@ -7,7 +7,6 @@ files, so the next one finds what was left behind.
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from sandbox.workspace.collect import write_all
@@ -38,7 +37,7 @@ class Journal:
     def __init__(self, fd: int, directory: Path) -> None:
         self._fd = fd
         self.done, self.begun, self._runs = read_journal(directory)
-        self._run = secrets.token_hex(8)
+        self._run = os.urandom(8).hex()
         self._write(f"run {self._run}")
 
     def starts(self, number: int) -> None:

@@ -7,6 +7,7 @@ writes it to a log uses `printable`, and whoever stores one uses `to_json` and `
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 
 def printable(path: str, *, keep: str = "") -> str:
@@ -51,3 +52,9 @@ def parent_of(path: str) -> str:
 
 def join(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The directories above `path`, nearest first, without the root."""
+    while path := parent_of(path):
+        yield path

@@ -33,6 +33,7 @@ from sandbox.workspace.scan import Kept, Scan, entry_type, pack
 from sandbox.workspace.walk import Directory, Entry, Unreadable, walk
 
 _LISTED_MAX = 10_000
+_TAKEN_MAX = 1_000
 
 
 @dataclass(slots=True)
@@ -62,10 +63,14 @@ class Changes:
 
 @dataclass(slots=True)
 class SweepResult:
-    """The changes, and what was done about them. `unswept` could not be looked at: (path, reason)."""
+    """The changes, and what was done about them. `unswept` could not be looked at: (path, reason).
+
+    Lists are bounded; the quarantine's own index has every entry that was set aside.
+    """
 
     changes: Changes = field(default_factory=Changes)
     quarantined: list[Quarantined] = field(default_factory=list)
+    quarantined_more: int = 0
     stripped: list[tuple[str, str]] = field(default_factory=list)
     links_outside: PathList = field(default_factory=PathList)
     unswept: list[tuple[str, str]] = field(default_factory=list)
@@ -82,6 +87,7 @@ class SweepResult:
             "deleted": self.changes.deleted.to_json(),
             "links_outside": self.links_outside.to_json(),
             "quarantined": [taken.to_json() for taken in self.quarantined],
+            "quarantined_more": self.quarantined_more,
             "stripped": [{"path": to_json(path), "what": what} for path, what in self.stripped],
             "unswept": [{"path": to_json(path), "reason": reason} for path, reason in self.unswept],
         }
@@ -129,7 +135,11 @@ class _Sweeper:
     def note_unreadable(self, directory: Unreadable) -> None:
         self._visited.add(directory.path)
         if directory.path not in self._unchanged:
-            self.result.unswept.append((directory.path, directory.reason))
+            self._note_unswept(directory.path, directory.reason)
+
+    def _note_unswept(self, path: str, reason: str) -> None:
+        if len(self.result.unswept) < _LISTED_MAX:
+            self.result.unswept.append((path, reason))
 
     def sweep_directory(self, directory: Directory) -> None:
         old = self._before.directories.get(directory.path, {})
@@ -211,7 +221,10 @@ class _Sweeper:
             restored = _put_back(directory.fd, entry.name, kept)
             taken = Quarantined(taken.path, taken.rule, taken.action, taken.stored, restored)
         self._quarantine.note(taken, entry.status)
-        self.result.quarantined.append(taken)
+        if len(self.result.quarantined) < _TAKEN_MAX:
+            self.result.quarantined.append(taken)
+        else:
+            self.result.quarantined_more += 1
 
     def _strip(self, directory: Directory, entry: Entry) -> None:
         """Take privilege bits away. A directory keeps set-gid when its parent has it: there it only inherits."""
@@ -231,9 +244,10 @@ class _Sweeper:
             self._take(directory, entry, "privilege-bits")
             return
         except OSError as error:
-            self.result.unswept.append((entry.path, errno.errorcode.get(error.errno or 0, "EIO")))
+            self._note_unswept(entry.path, errno.errorcode.get(error.errno or 0, "EIO"))
             return
-        self.result.stripped.extend((entry.path, what) for what in dropped)
+        if len(self.result.stripped) < _LISTED_MAX:
+            self.result.stripped.extend((entry.path, what) for what in dropped)
 
 
 def _link_target(dir_fd: int, name: str) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -194,6 +193,16 @@ def _lift_contents(sub_fd: int, fd: int) -> None:
             continue
         if stat.S_ISDIR(status.st_mode):
             os.close(_open_to_empty(sub_fd, name))  # a directory that we may not write cannot change its parent
-            files.rename_noreplace(sub_fd, name, fd, f".removing-{secrets.token_hex(8)}")
+            files.rename_noreplace(sub_fd, name, fd, f".removing-{os.urandom(8).hex()}")
         else:
             os.unlink(name, dir_fd=sub_fd)
+
+
+def remove_path(path: str) -> None:
+    """Remove a file or a whole directory of ours. Raises OSError."""
+    parent, name = os.path.split(path)
+    parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove(parent_fd, name)
+    finally:
+        os.close(parent_fd)

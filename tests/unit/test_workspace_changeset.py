@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
@@ -14,7 +15,7 @@ import pytest
 from sandbox.errors import WorkspaceError
 from sandbox.workspace import Changeset, StoreLimits, list_changesets
 from sandbox.workspace.commit import ordered
-from tests.helpers.workspaces import captured, held, opaque, plant, whiteout
+from tests.helpers.workspaces import captured, held, opaque, opened, plant, whiteout
 
 
 @pytest.fixture
@@ -144,12 +145,12 @@ def test_protected_paths_wait_for_their_grant(tmp_path: Path, lower: Path, upper
     result = changeset.commit()
     assert sorted(result.protected) == [(".envrc", "env-dir"), (".git/hooks/pre-commit", "git-hooks")]
     assert (lower / "ok").read_text() == "fine"
-    assert not (lower / ".git/hooks/pre-commit").exists()
+    assert not (lower / ".git").exists()  # nor the directories that only it would go into
     assert not (lower / ".envrc").exists()
     later = Changeset.load(changeset.directory or tmp_path)
-    assert {change.path for change in later.pending} == {".git/hooks/pre-commit", ".envrc"}
+    assert {change.path for change in later.pending} == {".git", ".git/hooks", ".git/hooks/pre-commit", ".envrc"}
     result = later.commit(allow_protected=(rule,))
-    assert result.applied == [".git/hooks/pre-commit"]
+    assert result.applied == [".git", ".git/hooks", ".git/hooks/pre-commit"]
     assert (lower / ".git/hooks/pre-commit").read_text() == "evil"
     assert not (lower / ".envrc").exists()
 
@@ -264,8 +265,6 @@ def test_an_interrupted_commit_is_finished_by_the_next(tmp_path: Path, lower: Pa
 
 
 def test_two_commits_at_once_are_one(tmp_path: Path, lower: Path, upper: Path) -> None:
-    import fcntl
-
     plant(upper, {"new": "n"})
     changeset = captured(tmp_path, lower, upper)
     assert changeset.directory is not None
@@ -327,6 +326,19 @@ def test_too_many_changes_are_refused_and_leave_nothing(tmp_path: Path, lower: P
         captured(tmp_path, lower, upper, limits=StoreLimits(entries=10))
     assert list((tmp_path / "changes").iterdir()) == []
     assert captured(tmp_path, lower, upper, limits=StoreLimits(entries=11)).directory
+
+
+def test_what_a_killed_capture_left_is_removed_by_the_next(tmp_path: Path, lower: Path, upper: Path) -> None:
+    plant(tmp_path / "changes/old.partial", {"content/000001": "x"})
+    plant(tmp_path / "changes/young.partial", {"content/000001": "x"})
+    plant(tmp_path / "changes/busy.partial", {"content/000001": "x"})
+    for name in ("old", "busy"):
+        os.utime(tmp_path / f"changes/{name}.partial", (1, 1))
+    plant(upper, {"new": "n"})
+    with opened(tmp_path / "changes/busy.partial") as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        captured(tmp_path, lower, upper)
+    assert sorted(os.listdir(tmp_path / "changes")) == ["busy.partial", "call-1", "young.partial"]
 
 
 def test_unreadable_files_of_ours_are_read_all_the_same(tmp_path: Path, lower: Path, upper: Path) -> None:
