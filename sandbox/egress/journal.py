@@ -1,0 +1,95 @@
+"""What one call tried on the network, for its record: single events while there are few, sums beyond. Pure.
+
+Counts stay exact whatever the call does; what it can make us keep is bounded. A name or a greeting from inside is
+data: it is cut to length here and made visible where it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+SINGLE_MAX: Final = 200
+GROUPS_MAX: Final = 200
+TEXT_MAX: Final = 300
+
+
+class Attempt(NamedTuple):
+    """One attempt, as it ended. `t` is RFC 3339; `resolved_ip` what was dialled, or the address that was asked for."""
+
+    t: str
+    transport: str
+    proto: str
+    host: str
+    port: int
+    decision: str
+    rule: str = ""
+    reason: str = ""
+    detail: str = ""
+    sni: str = ""
+    resolved_ip: str = ""
+    bytes_out: int = 0
+    bytes_in: int = 0
+    duration_s: float = 0.0
+
+
+class Journal:
+    """Collects attempts. `totals` counts every one of them."""
+
+    def __init__(self) -> None:
+        self._singles: list[Attempt] = []
+        self._groups: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.totals = {"attempts": 0, "denied": 0, "lookups": 0, "lookups_denied": 0, "bytes_out": 0, "bytes_in": 0}
+        self.denials: dict[tuple[str, int, str], Attempt] = {}
+
+    def add(self, attempt: Attempt) -> None:
+        """Keep one attempt: whole while there is room, else in the sum of its kind."""
+        is_lookup = attempt.proto == "dns"
+        is_denied = attempt.decision != "allow"
+        self.totals["lookups" if is_lookup else "attempts"] += 1
+        if is_denied:
+            self.totals["lookups_denied" if is_lookup else "denied"] += 1
+            self._keep_denial(attempt)
+        self.totals["bytes_out"] += attempt.bytes_out
+        self.totals["bytes_in"] += attempt.bytes_in
+        if is_lookup or len(self._singles) >= SINGLE_MAX:
+            self._sum_up(attempt)
+        else:
+            self._singles.append(attempt)
+
+    def _keep_denial(self, attempt: Attempt) -> None:
+        key = (attempt.host, attempt.port, attempt.reason)
+        if key not in self.denials and len(self.denials) < GROUPS_MAX:
+            self.denials[key] = attempt
+
+    def _sum_up(self, attempt: Attempt) -> None:
+        fields = ("transport", "proto", "host", "port", "decision", "rule", "reason")
+        key = tuple(str(getattr(attempt, name)) for name in fields)
+        if key not in self._groups and len(self._groups) >= GROUPS_MAX:
+            key = ("", attempt.proto if attempt.proto == "dns" else "", "", "", attempt.decision, "", "")
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _as_item(attempt) if key[2] else _others(attempt)
+            group["count"] = 1
+            return
+        group["count"] += 1
+        group["t_last"] = attempt.t
+        for name in ("bytes_out", "bytes_in", "duration_s"):
+            group[name] = round(group[name] + getattr(attempt, name), 6)
+
+    def items(self) -> list[dict[str, Any]]:
+        """The record's `network` group, in order of time; a sum stands where its first attempt was."""
+        found = [_as_item(attempt) for attempt in self._singles] + list(self._groups.values())
+        return sorted(found, key=lambda item: str(item["t"]))
+
+
+def _as_item(attempt: Attempt) -> dict[str, Any]:
+    item: dict[str, Any] = attempt._asdict()
+    return {name: value[:TEXT_MAX] if isinstance(value, str) else value for name, value in item.items()}
+
+
+def _others(attempt: Attempt) -> dict[str, Any]:
+    """The sum of everything that found no group of its own any more."""
+    empty = Attempt(attempt.t, "", attempt.proto, "(others)", 0, attempt.decision)
+    sums: Mapping[str, Any] = {name: getattr(attempt, name) for name in ("bytes_out", "bytes_in", "duration_s")}
+    return {**_as_item(empty), **sums}
