@@ -16,6 +16,7 @@ _PART = re.compile(_KEY)
 _TOKEN = re.compile(
     r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]', re.DOTALL
 )
+_TOKEN_START = re.compile(r"[\"'#\[\]{}]")
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]')
 
 
@@ -80,11 +81,13 @@ def _value_end(text: str, start: int) -> int:
     while True:
         newline = text.find("\n", position)
         newline = len(text) if newline < 0 else newline
-        match = _TOKEN.search(text, position)
-        if match is None or (depth == 0 and match.start() > newline):
-            return min(newline, len(text)) - 1
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match.group(), 0)
-        position = match.end()
+        # Outside brackets the search stops at the line's end: the scan of a file stays linear.
+        begin = _TOKEN_START.search(text, position, len(text) if depth else newline)
+        if begin is None:
+            return newline - 1
+        match = _TOKEN.match(text, begin.start())
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match.group(), 0) if match else 0
+        position = match.end() if match else begin.end()
 
 
 def _parts(dotted: str) -> tuple[str, ...]:

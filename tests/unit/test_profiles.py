@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -674,3 +675,11 @@ def test_a_current_directory_that_is_gone_is_one_clear_error(project: Path) -> N
     gone.rmdir()
     assert "current directory is not there" in fails("python")
     assert resolve("python", cwd=project)
+
+
+@pytest.mark.parametrize("filler", ["a{0} = 1\n", "a{0} = 'x'\n", "a{0} = [\n1,\n]\n", "[t{0}]\n", "# {0}\n"])
+def test_a_large_file_is_refused_as_quickly_as_a_small_one(write: Write, filler: str) -> None:
+    path = write("large.toml", "".join(filler.format(i) for i in range(40_000)) + "[nope]\n")
+    start = time.process_time()
+    assert "unknown key" in fails(path)
+    assert time.process_time() - start < 5
