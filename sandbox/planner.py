@@ -230,14 +230,14 @@ def _has_workspace(manifest: Manifest, call: CallSpec) -> bool:
 
 
 def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tuple[Step, ...]:
-    resources = manifest.resources
+    scratch = Step("scratch", "view", _scratch(manifest, call))
     steps = [
         Step("private_propagation", "view"),
-        Step("new_root", "view", {"disk_bytes": resources.disk_bytes, "inodes": resources.inodes}),
+        Step("new_root", "view", {"places": list(scratch.args["directories"])}),
         Step("etc_files", "view", {"hostname": HOSTNAME, "home": HOME, "host_paths": list(ETC_PATHS)}),
         Step("devices", "view", {"nodes": list(DEVICE_NODES)}),
-        Step("private_places", "view", {"directories": PRIVATE_PLACES}),
-        # After the private places: the interpreter may be an environment under /tmp, which would be covered.
+        # Before what may lie below a private place, such as an environment under /tmp.
+        *(() if _is_general(manifest, call, around) else (scratch,)),
         Step(
             "system_view",
             "view",
@@ -250,7 +250,7 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
         ),
         Step("grants", "view", {"paths": _grants(manifest, around)}),
     ]
-    if _has_workspace(manifest, call):
+    if call.workspace.host_path:
         steps.append(Step("workspace", "view", _workspace(call, around)))
     steps += [
         Step("deny", "view", _denials(manifest, call, around)),
@@ -258,6 +258,29 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
         Step("enter_root", "view"),
     ]
     return tuple(steps)
+
+
+def _scratch(manifest: Manifest, call: CallSpec) -> dict[str, Any]:
+    directories = dict(PRIVATE_PLACES)
+    if _has_workspace(manifest, call) and not call.workspace.host_path:
+        directories[call.workspace.jail_path] = "workspace"
+    resources = manifest.resources
+    return {"disk_bytes": resources.disk_bytes, "inodes": resources.inodes, "directories": directories}
+
+
+def _is_general(manifest: Manifest, call: CallSpec, around: Surroundings) -> bool:
+    """Whether the view holds nothing of this one call, so that it can be built before the call is known.
+
+    With a granted path it is not: its deny rules and sockets are looked for when it is mounted, and a file that
+    appears later would be missed.
+    """
+    below = tuple(f"{place}/" for place in PRIVATE_PLACES)
+    shown = (*around.python_paths, *around.runtime_files)
+    return not (
+        _granted_paths(manifest)
+        or call.workspace.host_path
+        or any(f"{jail_path}/".startswith(below) for _, jail_path in shown)
+    )
 
 
 def _granted_paths(manifest: Manifest) -> dict[str, str]:
@@ -311,8 +334,10 @@ def _call_steps(
 ) -> tuple[Step, ...]:
     terminal = {"tty": call.tty, "rows": around.terminal_rows, "columns": around.terminal_columns}
     steps = [
+        *((Step("scratch", "call", _scratch(manifest, call)),) if _is_general(manifest, call, around) else ()),
         Step("proc", "call", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
         Step("terminals", "call", terminal),
+        Step("namespaces", "call"),
         Step("loopback", "call"),
         Step("hostname", "call", {"name": HOSTNAME}),
         Step("keyring", "call"),

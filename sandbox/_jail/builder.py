@@ -19,6 +19,10 @@ from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
 from sandbox._linux import process, syscalls, wire
 
 
+# The rest follows from inside, once pid 1 has mounted what only it can: see pid1.namespaces.
+FIRST_NAMESPACES = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWNS
+
+
 def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
     """Build the jail and wait until it is gone. Never returns to the zygote's loop."""
     process.die_with_parent()
@@ -46,8 +50,7 @@ def _build(launch: Launch) -> tuple[int, int, int]:
     launch.run_steps("view", view.STEPS)
     launch.step = "namespaces"
     sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
-    # The cgroup namespace comes last, from inside: its root is the group in which a process is when it is made.
-    pid, pidfd = syscalls.clone(syscalls.ALL_NAMESPACES & ~syscalls.CLONE_NEWCGROUP, launch.fds.get("cgroup", -1))
+    pid, pidfd = syscalls.clone(FIRST_NAMESPACES, launch.fds.get("cgroup", -1))
     if pid == 0:
         os.close(sync_write)
         return 0, -1, sync_read

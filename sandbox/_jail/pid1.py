@@ -1,6 +1,7 @@
 """The jail's pid 1: finishes the jail from inside, seals it, starts the tool, reaps, and reports its end.
 
-It is born in all seven new namespaces and with every capability *there*; when it has sealed itself it has none, and
+It is born in user, pid and mount namespaces of its own and enters the other four, and a second user namespace, when
+its mounts are made. It has every capability *there*; when it has sealed itself it has none, and
 cannot be read or traced by the tool (not dumpable). The tool cannot kill it: a pid namespace's init receives from
 inside only signals for which it has a handler (pid_namespaces(7)). When it ends, the kernel kills everything inside.
 """
@@ -18,6 +19,7 @@ import stat
 import struct
 import termios
 
+from sandbox._jail import places
 from sandbox._jail.launch import INSIDE_ID, report_failure
 from sandbox._linux import landlock, mounts, process, seccomp, syscalls, wire
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 STANDARD_FDS = ("stdin", "stdout", "stderr")
 EXTRA_FDS = (("request", 3), ("result", 4))
 _STDIO_MAX = 2
+CALL_NAMESPACES = syscalls.ALL_NAMESPACES & ~syscalls.CLONE_NEWPID
 
 
 def run(launch: Launch, release: int) -> None:
@@ -51,18 +54,48 @@ def _wait_for_release(launch: Launch, release: int) -> None:
     launch.step = "map_ids"
     if os.read(release, 1) != b"+":
         os._exit(1)
-    syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     if launch.host_uid is not None:
         os.setgroups([])
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
-    process.set_not_dumpable()
     process.die_with_parent()
     # The builder may have died between the byte and the line above. It keeps the pipe's other end open until it ends.
     poller = select.poll()
     poller.register(release, select.POLLIN)
     if poller.poll(0):
         os._exit(1)
+
+
+def scratch(launch: Launch, args: dict[str, Any]) -> None:
+    """The private writable places, for a view that holds nothing of one call."""
+    launch.out_fds.clear()
+    places.scratch(launch, args, at=places.INSIDE, root="", owner=os.getuid())
+    mounts.unmount_detached(places.INSIDE)
+    names = sorted(launch.out_fds)
+    wire.send(launch.status, {"ev": "places", "fds": names}, [launch.out_fds[name] for name in names])
+
+
+def namespaces(_launch: Launch, _args: dict[str, Any]) -> None:
+    """The remaining namespaces, under a user namespace of the call's own.
+
+    Every mount made so far is locked for it: with all capabilities of its own namespace it could not remount, move or
+    uncover any of them (mount_namespaces(7)). The cgroup namespace's root is the group that we are in by now.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    # A change of uid made us undumpable, and our own id maps belonged to the host's root then (proc(5)).
+    process.set_dumpable(dumpable=True)
+    syscalls.unshare(CALL_NAMESPACES)
+    for name, text in (
+        ("setgroups", b"deny"),
+        ("uid_map", b"%d %d 1" % (INSIDE_ID, uid)),
+        ("gid_map", b"%d %d 1" % (INSIDE_ID, gid)),
+    ):
+        fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text)
+        finally:
+            os.close(fd)
+    process.set_dumpable(dumpable=False)
 
 
 def proc(_launch: Launch, args: dict[str, Any]) -> None:
@@ -159,8 +192,10 @@ def seccomp_filter(launch: Launch, _args: dict[str, Any]) -> None:
 
 
 STEPS = {
+    "scratch": scratch,
     "proc": proc,
     "terminals": terminals,
+    "namespaces": namespaces,
     "loopback": loopback,
     "hostname": hostname,
     "keyring": keyring,

@@ -14,7 +14,7 @@ import os
 import signal
 import stat
 
-from sandbox._jail import etc
+from sandbox._jail import etc, places
 from sandbox._linux import mounts, syscalls
 
 TYPE_CHECKING = False
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 READ_ONLY = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV
 WRITABLE = mounts.ATTR_NOSUID | mounts.ATTR_NODEV
-MASK_DIR = "mask-dir"
-MASK_FILE = "mask-file"
+MASK_DIR = "/run/sandbox/denied-directory"
+MASK_FILE = "/run/sandbox/denied-file"
 COPIED_MAX_BYTES = 4096
 
 
@@ -36,19 +36,21 @@ def private_propagation(_launch: Launch, _args: dict[str, Any]) -> None:
 
 
 def new_root(launch: Launch, args: dict[str, Any]) -> None:
-    """The empty root, and the tmpfs that holds every private writable place, sized by `disk` and `inodes`."""
+    """The empty root, with the places on which private directories are mounted, and what covers denied paths."""
     for name in ("root", "scratch", "lower"):
         os.makedirs(f"{launch.mnt}/{name}", mode=0o700, exist_ok=True)
     flags = mounts.MS_NOSUID | mounts.MS_NODEV
     mounts.mount("tmpfs", launch.root, "tmpfs", flags, "size=4m,nr_inodes=16384,mode=755")
-    scratch = f"{launch.mnt}/scratch"
-    options = f"size={args['disk_bytes']},nr_inodes={args['inodes']},mode=755"
-    mounts.mount("tmpfs", scratch, "tmpfs", flags, options)
-    for name, mode in (("tmp", 0o1777), ("var-tmp", 0o1777), ("home", 0o700), ("shm", 0o1777), ("workspace", 0o755)):
-        _owned_directory(launch, f"{scratch}/{name}", mode)
-    os.mkdir(f"{scratch}/{MASK_DIR}", 0o000)
-    os.close(os.open(f"{scratch}/{MASK_FILE}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o000))
-    launch.out_fds["scratch"] = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for jail_path in args["places"]:
+        os.makedirs(launch.root + jail_path)
+    os.makedirs(launch.root + places.INSIDE)
+    os.mkdir(launch.root + MASK_DIR, 0o000)
+    os.close(os.open(launch.root + MASK_FILE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o000))
+
+
+def scratch(launch: Launch, args: dict[str, Any]) -> None:
+    """The private writable places, here where host paths are to be mounted below them."""
+    places.scratch(launch, args, at=f"{launch.mnt}/scratch", root=launch.root, owner=launch.owner)
 
 
 def system_view(launch: Launch, args: dict[str, Any]) -> None:
@@ -77,7 +79,6 @@ def devices(launch: Launch, args: dict[str, Any]) -> None:
     """A minimal /dev: five harmless nodes of the host bound in, and places for what is mounted later."""
     dev = f"{launch.root}/dev"
     os.makedirs(f"{dev}/pts")
-    os.mkdir(f"{dev}/shm")
     for name in args["nodes"]:
         target = f"{dev}/{name}"
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
@@ -85,13 +86,6 @@ def devices(launch: Launch, args: dict[str, Any]) -> None:
     links = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
     for name, where in links.items():
         os.symlink(where, f"{dev}/{name}")
-
-
-def private_places(launch: Launch, args: dict[str, Any]) -> None:
-    """The temporary directories, the home and /dev/shm: directories of the one sized tmpfs."""
-    for jail_path, name in args["directories"].items():
-        target = _mountpoint(launch, jail_path, directory=True)
-        mounts.bind(f"{launch.mnt}/scratch/{name}", target, WRITABLE)
 
 
 def grants(launch: Launch, args: dict[str, Any]) -> None:
@@ -104,11 +98,9 @@ def grants(launch: Launch, args: dict[str, Any]) -> None:
 def workspace(launch: Launch, args: dict[str, Any]) -> None:
     """The workspace: private, the host's directory (rw, ro), or a writable layer over it (cow)."""
     mode, jail_path = args["mode"], args["jail_path"]
-    scratch = f"{launch.mnt}/scratch"
     if mode == "private":
-        target = _mountpoint(launch, jail_path, directory=True)
-        mounts.bind(f"{scratch}/workspace", target, WRITABLE)
-    elif mode == "cow":
+        return  # one of the private places
+    if mode == "cow":
         target = _mountpoint(launch, jail_path, directory=True)
         _overlay(launch, args, target)
     else:
@@ -157,10 +149,10 @@ STEPS = {
     for step in (
         private_propagation,
         new_root,
+        scratch,
         system_view,
         etc_files,
         devices,
-        private_places,
         grants,
         workspace,
         deny,
@@ -345,7 +337,7 @@ def _mask(launch: Launch, target: str) -> None:
     if stat.S_ISLNK(info.st_mode):
         return
     name = MASK_DIR if stat.S_ISDIR(info.st_mode) else MASK_FILE
-    mounts.bind(f"{launch.mnt}/scratch/{name}", target, READ_ONLY | mounts.ATTR_NOEXEC)
+    mounts.bind(launch.root + name, target, READ_ONLY | mounts.ATTR_NOEXEC)
 
 
 def _mask_in_tree(launch: Launch, tree: str, patterns: list[str], budget: list[int]) -> None:

@@ -51,7 +51,12 @@ def die_with_parent() -> None:
 
 def set_not_dumpable() -> None:
     """Close our /proc entries (mem, fd, environ) to other processes of our uid."""
-    prctl("PR_SET_DUMPABLE", PR_SET_DUMPABLE, 0)
+    set_dumpable(dumpable=False)
+
+
+def set_dumpable(*, dumpable: bool) -> None:
+    """Whether other processes of our uid may look into us through /proc and ptrace."""
+    prctl("PR_SET_DUMPABLE", PR_SET_DUMPABLE, int(dumpable))
 
 
 def last_cap() -> int:

@@ -169,15 +169,8 @@ class Pool:
 
 
 def is_poolable(plan: LaunchPlan) -> bool:
-    """Whether a jail for this plan may be made before its call is known."""
-    if plan.tty:
-        return False
-    for step in plan.steps:
-        if step.name == "grants" and step.args["paths"]:
-            return False
-        if step.name == "workspace" and step.args["mode"] != "private":
-            return False
-    return True
+    """Whether a jail for this plan may be made before its call is known: the planner says so by where `scratch` is."""
+    return not plan.tty and any(step.name == "scratch" and step.where == "call" for step in plan.steps)
 
 
 def kind_of(plan: LaunchPlan) -> str:

@@ -47,7 +47,7 @@ class Work:
 
     @property
     def mode(self) -> str:
-        return str(self._step.get("mode", ""))
+        return str(self._step.get("mode", "private"))
 
     def before(self) -> LaunchPlan:
         """The plan to launch. A writable host directory is looked through first, and what is protected in it named.
