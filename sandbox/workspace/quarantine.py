@@ -79,14 +79,16 @@ class Quarantine:
     def _store(self, dir_fd: int, name: str, status: os.stat_result) -> tuple[str, str]:
         if stat.S_ISDIR(status.st_mode):
             _open_up_at(dir_fd, name)
-        try:
-            stored = self._move(dir_fd, name)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-        else:
-            self._defuse(stored)
-            return "moved", stored
+        # A file with other links is copied: its mode is theirs as well, and one of them may be the host's own.
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink == 1:
+            try:
+                stored = self._move(dir_fd, name)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+            else:
+                self._defuse(stored)
+                return "moved", stored
         if stat.S_ISREG(status.st_mode) and status.st_size <= _COPY_MAX_BYTES:
             stored = self._copy(dir_fd, name)
             os.unlink(name, dir_fd=dir_fd)

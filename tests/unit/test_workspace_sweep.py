@@ -134,6 +134,17 @@ def test_a_planted_protected_file_is_set_aside_unless_granted(work: Path, path: 
     assert (work / path).read_text() == "granted"
 
 
+def test_setting_a_hard_link_aside_leaves_the_other_name_as_it_was(work: Path) -> None:
+    (work / "src/main.py").chmod(0o755)
+    before = scanned(work)
+    os.link(work / "src/main.py", work / ".profile")
+    result = swept(work, before)
+    assert taken(result) == {(".profile", "shell-startup", "copied")}
+    assert not (work / ".profile").exists()
+    assert stat.S_IMODE((work / "src/main.py").stat().st_mode) == 0o755
+    assert (work.parent / "quarantine" / result.quarantined[0].stored).read_text() == "print()"
+
+
 def test_the_quarantine_says_what_it_holds(work: Path) -> None:
     before = scanned(work)
     plant(work, {".vscode/\x1b[2J\n": "evil"})
