@@ -7,6 +7,7 @@ thread: the kernel queues and wakes. Closing a reply channel ends its call. Does
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import socket
@@ -42,6 +43,12 @@ class Pending:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the call if it runs. close(2) alone would not do: a child forked meanwhile may hold a copy."""
+        with contextlib.suppress(OSError):
+            self.reply.shutdown(socket.SHUT_RDWR)
         self.reply.close()
 
     def signal(self, number: int) -> None:

@@ -376,7 +376,7 @@ class Passing:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.pending.reply.close()
+        self.pending.close()
 
     def outcome(self) -> Outcome:
         """Wait for the end."""
@@ -408,7 +408,7 @@ class Stream:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._pending.reply.close()
+        self._pending.close()
         self._close_reads()
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
