@@ -325,8 +325,18 @@ def _denials(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[s
         "paths": [*literal, *around.hidden],
         "patterns": patterns,
         "trees": trees,
+        "writable": _writable_trees(manifest, call),
+        "pinned": [grant["jail_path"] for grant in _grants(manifest, around) if grant["access"] == "read"],
         "entries_max": DENY_ENTRIES_MAX,
     }
+
+
+def _writable_trees(manifest: Manifest, call: CallSpec) -> list[str]:
+    """Host directories in which the jail may rename things."""
+    trees = [path for path, access in _granted_paths(manifest).items() if access == "write"]
+    if call.workspace.host_path and call.workspace.mode != "ro":
+        trees.append(call.workspace.jail_path)
+    return sorted(trees)
 
 
 def _call_steps(

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import os
 import signal
 import stat
 
-from sandbox._jail import etc, places
+from sandbox._jail import cover, etc, places
 from sandbox._linux import mounts, syscalls
 
 TYPE_CHECKING = False
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 READ_ONLY = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV
 WRITABLE = mounts.ATTR_NOSUID | mounts.ATTR_NODEV
-MASK_DIR = "/run/sandbox/denied-directory"
-MASK_FILE = "/run/sandbox/denied-file"
 COPIED_MAX_BYTES = 4096
 
 
@@ -44,8 +41,7 @@ def new_root(launch: Launch, args: dict[str, Any]) -> None:
     for jail_path in args["places"]:
         os.makedirs(launch.root + jail_path)
     os.makedirs(launch.root + places.INSIDE)
-    os.mkdir(launch.root + MASK_DIR, 0o000)
-    os.close(os.open(launch.root + MASK_FILE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o000))
+    cover.make_covers(launch)
 
 
 def scratch(launch: Launch, args: dict[str, Any]) -> None:
@@ -114,20 +110,6 @@ def workspace(launch: Launch, args: dict[str, Any]) -> None:
     launch.out_fds["workspace"] = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def deny(launch: Launch, args: dict[str, Any]) -> None:
-    """Cover what the manifest denies, and every socket, pipe or device that lies in a granted tree.
-
-    A path socket is reachable through any mount, read-only or not, from any network namespace (unix(7)): a socket
-    inside a granted directory would be a way out that the manifest does not name.
-    """
-    for path in args["paths"]:
-        if os.path.lexists(launch.root + path):
-            _mask(launch, launch.root + path)
-    budget = [int(args["entries_max"])]
-    for tree in args["trees"]:
-        _mask_in_tree(launch, tree, args["patterns"], budget)
-
-
 def proc_seed(launch: Launch, _args: dict[str, Any]) -> None:
     """The host's /proc, to be covered by the jail's own: the kernel lets a user namespace mount a new one only where
     an uncovered one is in sight already (mount_too_revealing() in fs/namespace.c)."""
@@ -155,7 +137,7 @@ STEPS = {
         devices,
         grants,
         workspace,
-        deny,
+        cover.deny,
         proc_seed,
         enter_root,
     )
@@ -329,53 +311,3 @@ def _protect(target: str, relative: str) -> None:
             os.close(tree)
     finally:
         os.close(fd)
-
-
-def _mask(launch: Launch, target: str) -> None:
-    """Cover one path with something empty that nobody inside may open (EACCES)."""
-    info = os.lstat(target)
-    if stat.S_ISLNK(info.st_mode):
-        return
-    name = MASK_DIR if stat.S_ISDIR(info.st_mode) else MASK_FILE
-    mounts.bind(launch.root + name, target, READ_ONLY | mounts.ATTR_NOEXEC)
-
-
-def _mask_in_tree(launch: Launch, tree: str, patterns: list[str], budget: list[int]) -> None:
-    """Walk one granted tree and mask what is denied or is no plain file."""
-    pending = [tree]
-    while pending:
-        directory = pending.pop()
-        try:
-            entries = list(os.scandir(launch.root + directory))
-        except (PermissionError, NotADirectoryError, FileNotFoundError):
-            continue
-        budget[0] -= len(entries)
-        if budget[0] < 0:
-            raise OSError(errno.E2BIG, f"{tree}: too many entries to check for denied paths and sockets")
-        for entry in entries:
-            path = f"{directory.rstrip('/')}/{entry.name}"
-            if _is_denied(path, tree, patterns) or _is_special(entry):
-                _mask(launch, launch.root + path)
-            elif entry.is_dir(follow_symlinks=False):
-                pending.append(path)
-
-
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    return not (entry.is_symlink() or entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False))
-
-
-def _is_denied(path: str, tree: str, patterns: list[str]) -> bool:
-    """Whether a glob names `path`: `**/NAME` anywhere below a grant, or an absolute pattern; `*` spans no slash."""
-    for pattern in patterns:
-        full = pattern if pattern.startswith("/") else f"{tree.rstrip('/')}/{pattern}"
-        if _glob_matches(path.split("/"), full.split("/")):
-            return True
-    return False
-
-
-def _glob_matches(parts: list[str], pattern: list[str]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_glob_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _glob_matches(parts[1:], pattern[1:])

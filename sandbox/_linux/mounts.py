@@ -35,6 +35,7 @@ RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,12 +72,13 @@ def unmount_detached(target: str) -> None:
     _check("umount2", target, _libc.umount2(os.fsencode(target), MNT_DETACH))
 
 
-def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1) -> int:
+def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1, *, follow: bool = False) -> int:
     """An O_PATH descriptor of `path`, refusing symbolic links anywhere in it (ELOOP).
 
-    Source: openat2(2), Linux 5.6.
+    Another `resolve` may allow links on the way; `follow` allows one at the end too. Source: openat2(2), Linux 5.6.
     """
-    how = _OpenHow(flags=os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, mode=0, resolve=resolve)
+    flags = os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    how = _OpenHow(flags=flags, mode=0, resolve=resolve)
     at = directory if directory >= 0 else syscalls.AT_FDCWD
     return syscalls.call(
         f"openat2 {path}", syscalls.NR_OPENAT2, at, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)
