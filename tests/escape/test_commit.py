@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -122,7 +123,12 @@ def test_a_directory_swapped_for_a_link_while_committing_never_leads_out(
         upper = plant(tmp_path / f"upper{number}", {f"d/new{number}": "n"})
         made.append(captured(tmp_path, lower, upper, record_id=f"call-{number}"))
     done = refused = 0
-    with meddling(lambda: files.rename_exchange(-100, str(lower / "d"), -100, str(lower / "link"))):
+
+    def swap() -> None:
+        files.rename_exchange(-100, str(lower / "d"), -100, str(lower / "link"))
+        time.sleep(random.random() * 0.001)  # about what one commit takes, so that swaps fall before, into and after it
+
+    with meddling(swap):
         for changeset in made:
             try:
                 result = changeset.commit(force=force)
