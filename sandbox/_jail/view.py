@@ -34,9 +34,10 @@ def private_propagation(_launch: Launch, _args: dict[str, Any]) -> None:
 
 def new_root(launch: Launch, args: dict[str, Any]) -> None:
     """The empty root, with the places on which private directories are mounted, and what covers denied paths."""
-    for name in ("root", "scratch", "lower"):
-        os.makedirs(f"{launch.mnt}/{name}", mode=0o700, exist_ok=True)
     flags = mounts.MS_NOSUID | mounts.MS_NODEV
+    mounts.mount("tmpfs", launch.mnt, "tmpfs", flags, "size=64k,nr_inodes=16,mode=700")
+    for name in ("root", "scratch", "lower"):
+        os.mkdir(f"{launch.mnt}/{name}", mode=0o700)
     mounts.mount("tmpfs", launch.root, "tmpfs", flags, "size=4m,nr_inodes=16384,mode=755")
     for jail_path in args["places"]:
         os.makedirs(launch.root + jail_path)

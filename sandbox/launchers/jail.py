@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from sandbox.errors import LauncherUnavailable
 
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from sandbox._jail.zygote import main; main(int(sys.argv[1]))"
 READY_TIMEOUT_S = 30.0
+_Launch = Callable[[Mapping[str, object], Mapping[str, int]], None]
+_OUT_OF_THE_WAY = Path("/sys/kernel")
 DEATH_TIMEOUT_S = 10.0
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,11 +78,16 @@ class Zygote:
             self._process.wait()
 
 
-def prepare_mount_points(state: Path) -> Path:
-    """The empty directories on which builders mount, each in a mount namespace of its own."""
+def mount_point(state: Path) -> Path:
+    """The directory over which each builder mounts, in a mount namespace of its own.
+
+    Below /sys nothing can be granted. Anywhere else a grant of a directory above it would take the half-built view
+    along, and an idmapped mount of that is refused (EINVAL).
+    """
+    if _OUT_OF_THE_WAY.is_dir():
+        return _OUT_OF_THE_WAY
     mnt = state / "mnt"
-    for name in ("root", "scratch", "lower"):
-        os.makedirs(mnt / name, mode=0o700, exist_ok=True)
+    mnt.mkdir(mode=0o700, parents=True, exist_ok=True)
     return mnt
 
 
@@ -112,6 +120,7 @@ class Jail:
         self.notes: list[str] = []
         self.failure: dict[str, Any] = {}
         self.is_killed = False
+        self.is_serving = False
         self.ready = asyncio.Event()
         self.gone = asyncio.Event()
         self.on_event: Callable[[dict[str, Any]], None] | None = None
@@ -122,25 +131,37 @@ class Jail:
         return f"<Jail {self.name} pid={self.pid} steps={len(self.steps_applied)} gone={self.gone.is_set()}>"
 
     def launch(self, zygote: Zygote, message: Mapping[str, object], plan: bytes, seccomp: bytes) -> None:
-        """Have it built and sealed. Raises OSError when the zygote is gone."""
+        """Have it built and sealed by a builder of its own. Raises OSError when the zygote is gone."""
+        data_fds = {"plan": wire.memfd("plan", plan), "seccomp": wire.memfd("seccomp", seccomp)}
+        try:
+            clone_fd = self.group.fds_for_clone if self.group is not None else None
+            self._send(zygote.launch, message, data_fds if clone_fd is None else {**data_fds, "cgroup": clone_fd})
+        finally:
+            for fd in data_fds.values():
+                os.close(fd)
+
+    def launch_from(self, template: Jail, index: int) -> None:
+        """Have it forked from a template that serves. Raises OSError when the template is gone."""
+        self._send(template.fork, {"op": "fork", "index": index}, {})
+
+    def fork(self, message: Mapping[str, object], fds: Mapping[str, int]) -> None:
+        """As a template: make a child."""
+        if self._status is None:
+            raise BrokenPipeError(errno.EPIPE, "the template has ended")
+        wire.send(self._status, {**message, "fds": list(fds)}, list(fds.values()))
+
+    def _send(self, launch: _Launch, message: Mapping[str, object], fds: Mapping[str, int]) -> None:
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._status.setblocking(False)
         with theirs, contextlib.ExitStack() as stack:
-            ends = {
-                "plan": wire.memfd("plan", plan),
-                "seccomp": wire.memfd("seccomp", seccomp),
-            }
+            ends = dict(fds)
             if self.group is not None:
-                clone_fd = self.group.fds_for_clone
-                for index, path in enumerate(self.group.procs_paths(cloned=clone_fd is not None)):
+                for index, path in enumerate(self.group.procs_paths(cloned="cgroup" in fds)):
                     ends[f"procs{index}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            for fd in ends.values():
-                stack.callback(os.close, fd)
-            if self.group is not None and clone_fd is not None:
-                ends["cgroup"] = clone_fd
+                    stack.callback(os.close, ends[f"procs{index}"])
             ends["status"] = theirs.fileno()
             self._loop.add_reader(self._status, self._on_status)
-            zygote.launch(message, ends)
+            launch(message, ends)
 
     def go(self, call: Mapping[str, object], fds: Mapping[str, int]) -> None:
         """Start the tool: `call` holds argv, env and cwd, `fds` its streams, which stay the caller's to close."""
@@ -202,12 +223,17 @@ class Jail:
         self.fds.update(zip(message.get("fds", ()), fds, strict=True))
         event = message["ev"]
         if event == "born":
-            self.pid = message["pid"]
+            # A template knows its children by their pids in its own namespace only.
+            self.pid = message.get("pid") or _pid_of(self.fds["pidfd"])
             self.notes = message["notes"]
             if self.is_killed:
                 self.kill()
         elif event == "sealed":
             self.steps_applied, self.notes = message["steps"], message["notes"]
+            self.ready.set()
+        elif event == "serving":
+            self.notes = message["notes"]
+            self.is_serving = True
             self.ready.set()
         elif event == "executed":
             self.steps_applied.append("exec")
@@ -252,3 +278,9 @@ class Jail:
         if self.group is not None:
             self.group.destroy()
             self.group = None
+
+
+def _pid_of(pidfd: int) -> int:
+    """The pid in our own namespace. Source: pidfd_open(2), /proc/PID/fdinfo."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))

@@ -1,8 +1,8 @@
 """Where calls get their jails: from a standby that fits, or made on the spot.
 
-A standby is a jail like any other, built, limited and sealed by the same steps, parked before its one call. Only what
-does not depend on the call may be parked: a private workspace and no host path. A grant's deny rules and
-sockets are looked for when it is mounted, and a file that appears later would be missed.
+A standby is a jail like any other, limited and sealed by the same steps, parked before its one call. Standbys are
+forked from a template: a process that holds the root view and, for functions, what the tool imports. Both
+exist only for plans that hold nothing of one call (`planner._is_general`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sandbox._linux import cgroup
 from sandbox.errors import LauncherUnavailable
-from sandbox.launchers.jail import Jail, Zygote
+from sandbox.launchers.jail import Jail, Zygote, mount_point
 from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
 from sandbox.supervisor import identity
@@ -30,13 +31,21 @@ IDLE_S = 10.0
 
 
 class _Shelf:
-    """The standbys of one kind of jail, and how many are wanted: more after each call that found none."""
+    """One kind of jail: its template, its standbys, and how many are wanted: more after each call that found none.
+
+    `is_proven`: a jail from the template was sealed, so the template may serve calls directly.
+    """
 
     def __init__(self, plan: LaunchPlan) -> None:
         self.plan = plan
         self.parked: deque[Jail] = deque()
         self.wanted = 0
         self.used_at = 0.0
+        self.template: Jail | None = None
+        self.is_proven = False
+        self.is_hopeless = False
+        self.index = itertools.cycle(range(identity.BLOCK))
+        self.children: set[Jail] = set()
 
 
 class Pool:
@@ -49,6 +58,7 @@ class Pool:
         self._serial = itertools.count(1)
         self._filters: dict[str, bytes] = {}
         self._shelves: dict[str, _Shelf] = {}
+        self._retired: list[_Shelf] = []
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self.zygote = Zygote.start()
@@ -67,18 +77,28 @@ class Pool:
             return self._make(plan)
         shelf = self._shelf(plan)
         shelf.used_at = time.monotonic()
-        jail = None
-        while shelf.parked and jail is None:
-            jail = shelf.parked.popleft()
-            if jail.gone.is_set() or jail.failure:
-                jail.close()
-                jail = None
+        jail = self._parked(shelf)
         if jail is None:
             shelf.wanted = min(STANDBYS_MAX, shelf.wanted * 2 or 1)
-            jail = self._make(plan)
+            jail = self._fork(shelf) if shelf.is_proven else self._make(plan)
         asyncio.get_running_loop().call_soon(self._refill, shelf)
         self._watch_idle()
         return jail
+
+    def _parked(self, shelf: _Shelf) -> Jail | None:
+        while shelf.parked:
+            jail = shelf.parked.popleft()
+            if not jail.gone.is_set() and not jail.failure:
+                return jail
+            self.put_back(jail)
+        return None
+
+    def put_back(self, jail: Jail) -> None:
+        """End of a jail's one use: everything of it is given back."""
+        jail.close()
+        for shelf in (*self._shelves.values(), *self._retired):
+            shelf.children.discard(jail)
+        self._forget_empty()
 
     def _shelf(self, plan: LaunchPlan) -> _Shelf:
         key = kind_of(plan)
@@ -92,18 +112,61 @@ class Pool:
 
     def _refill(self, shelf: _Shelf) -> None:
         """One at a time, each started when the last is sealed, so that refilling does not crowd out calls."""
-        if self._closed or len(shelf.parked) >= shelf.wanted:
+        if self._closed or shelf.wanted == 0 or len(shelf.parked) >= shelf.wanted:
             return
         if shelf.parked and not shelf.parked[-1].ready.is_set():
             return
+        loop = asyncio.get_running_loop()
         try:
-            jail = self._make(shelf.plan)
+            if shelf.template is None and not shelf.is_hopeless:
+                shelf.template = self._make(shelf.plan, template=True)
+                task = loop.create_task(shelf.template.ready.wait())
+                task.add_done_callback(lambda _: self._refill(shelf))
+                return
+            if shelf.template is not None and not shelf.template.ready.is_set():
+                return
+            jail = self._make(shelf.plan) if shelf.is_hopeless else self._fork(shelf)
         except (OSError, LauncherUnavailable):
-            shelf.wanted = 0  # the next call makes its own, and says why it cannot
+            self._give_up(shelf)
             return
         shelf.parked.append(jail)
-        task = asyncio.get_running_loop().create_task(jail.ready.wait())
-        task.add_done_callback(lambda _: self._refill(shelf))
+        task = loop.create_task(jail.ready.wait())
+        task.add_done_callback(lambda _: self._sealed(shelf, jail))
+
+    def _sealed(self, shelf: _Shelf, jail: Jail) -> None:
+        if jail.failure or (jail.gone.is_set() and not jail.steps_applied):
+            self._give_up(shelf)
+        elif shelf.template is not None:
+            shelf.is_proven = True
+        self._refill(shelf)
+
+    def _give_up(self, shelf: _Shelf) -> None:
+        """This kind's template does not work here (or was killed): its calls get jails of a builder's making."""
+        shelf.is_hopeless, shelf.is_proven, shelf.wanted = True, False, 0
+        while shelf.parked:
+            self.put_back(shelf.parked.popleft())
+        if shelf.template is not None:
+            self._retired.append(_retire(shelf))
+            self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        for shelf in [shelf for shelf in self._retired if not shelf.children]:
+            self._retired.remove(shelf)
+            if shelf.template is not None:
+                shelf.template.close()
+
+    def _fork(self, shelf: _Shelf) -> Jail:
+        """A jail from the kind's template. Raises OSError when the template is gone."""
+        assert shelf.template is not None
+        jail = self._new(shelf.plan)
+        try:
+            index = next(shelf.index) if self._host_uids is not None else 0
+            jail.launch_from(shelf.template, index)
+        except BaseException:
+            jail.close()
+            raise
+        shelf.children.add(jail)
+        return jail
 
     def _watch_idle(self) -> None:
         if self._timer is None:
@@ -120,11 +183,16 @@ class Pool:
             self._watch_idle()
 
     def _drop(self, shelf: _Shelf) -> None:
+        """Keep no standbys of this kind; its template goes when its last child has ended."""
         shelf.wanted = 0
         while shelf.parked:
-            shelf.parked.popleft().close()
+            self.put_back(shelf.parked.popleft())
+        if shelf.template is not None:
+            self._retired.append(_retire(shelf))
+            self._forget_empty()
 
-    def _make(self, plan: LaunchPlan) -> Jail:
+    def _new(self, plan: LaunchPlan) -> Jail:
+        """A jail's name and group; nothing of it runs yet. Raises OSError or LauncherUnavailable."""
         name = f"jail-{next(self._serial)}"
         limits = cgroup_limits(plan)
         group = None
@@ -132,13 +200,20 @@ class Pool:
             group = self._tree.create(name, limits, io_devices(self._state, plan))
         elif limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
-        host_uid = next(self._host_uids) if self._host_uids is not None else None
-        jail = Jail(name, group, host_uid)
-        steps = json.dumps({"steps": plan.to_json()["steps"]}, separators=(",", ":")).encode()
+        return Jail(name, group)
+
+    def _make(self, plan: LaunchPlan, *, template: bool = False) -> Jail:
+        """A jail, or a template, of a builder's making."""
+        jail = self._new(plan)
+        message: dict[str, object] = {"mnt": str(self._state / "mnt"), "host_uid": None}
+        if self._host_uids is not None:
+            message |= {"host_uid": next(self._host_uids), "uid_count": identity.BLOCK if template else 1}
+        content: dict[str, Any] = {"steps": plan.to_json()["steps"]}
+        if template:
+            content["template"] = plan.template
         try:
-            jail.launch(
-                self._live_zygote(), {"host_uid": host_uid, "mnt": str(self._state / "mnt")}, steps, self._filter(plan)
-            )
+            data = json.dumps(content, separators=(",", ":")).encode()
+            jail.launch(self._live_zygote(), message, data, self._filter(plan))
         except BaseException:
             jail.close()
             raise
@@ -165,16 +240,28 @@ class Pool:
         for shelf in self._shelves.values():
             self._drop(shelf)
         self._shelves.clear()
+        for shelf in self._retired:
+            if shelf.template is not None:
+                shelf.template.close()
+        self._retired.clear()
         self.zygote.close()
 
 
+def _retire(shelf: _Shelf) -> _Shelf:
+    """Split off what has to live until the children have ended, so that the shelf can be used anew."""
+    old = _Shelf(shelf.plan)
+    old.template, old.children = shelf.template, shelf.children
+    shelf.template, shelf.children = None, set()
+    return old
+
+
 def is_poolable(plan: LaunchPlan) -> bool:
-    """Whether a jail for this plan may be made before its call is known: the planner says so by where `scratch` is."""
-    return not plan.tty and any(step.name == "scratch" and step.where == "call" for step in plan.steps)
+    """Whether a jail for this plan may be made before its call is known: the planner says so by its template."""
+    return plan.template is not None
 
 
 def kind_of(plan: LaunchPlan) -> str:
     """What two plans must have in common for one jail to serve either: every step, limit and the filter."""
     data = plan.to_json()
-    kind = {name: data[name] for name in ("steps", "limits", "seccomp")}
+    kind = {name: data[name] for name in ("steps", "limits", "seccomp", "template")}
     return hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()

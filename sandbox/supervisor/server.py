@@ -26,7 +26,6 @@ from sandbox.audit.chain import Chain
 from sandbox.audit.recover import recover
 from sandbox.audit.store import Store
 from sandbox.errors import AuditError, SandboxError
-from sandbox.launchers.jail import prepare_mount_points
 from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
@@ -64,7 +63,6 @@ class Supervisor:
 
     def prepare(self) -> None:
         """Bring up what calls need."""
-        prepare_mount_points(self.state)
         cgroup.reap()
         tree = None
         try:
@@ -190,6 +188,7 @@ class Supervisor:
             work.close()
             if call is not None:
                 call.close()
+                self._pool.put_back(call.jail)
 
     async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
         loop = asyncio.get_running_loop()
