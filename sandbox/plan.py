@@ -80,12 +80,15 @@ class CallSpec:
     source_sha256: str = ""
     arguments_sha256: str = ""
     arguments: Any = None
-    python_paths: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """Everything a launcher needs, in order. `seccomp` names the policy; its bytes are compiled from it."""
+    """Everything a launcher needs, in order. `seccomp` names the policy; its bytes are compiled from it.
+
+    `template`: what a process needs from which jails for this plan may be forked; None when each is built anew.
+    """
 
     launcher: str
     steps: tuple[Step, ...]
@@ -97,6 +100,7 @@ class LaunchPlan:
     seccomp: Mapping[str, Any]
     isolation: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    template: Mapping[str, Any] | None = None
 
     def limit(self, control: str) -> Limit | None:
         """The limit of that name, or None when the manifest does not ask for it."""

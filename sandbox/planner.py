@@ -144,6 +144,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         env=_environment(manifest, call, around),
         cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
         tty=call.tty,
+        template=_template(manifest, call, around),
         seccomp={"name": "default", "deny_set_affinity": affinity},
         isolation={
             "launcher": "jail",
@@ -281,6 +282,16 @@ def _is_general(manifest: Manifest, call: CallSpec, around: Surroundings) -> boo
         or call.workspace.host_path
         or any(f"{jail_path}/".startswith(below) for _, jail_path in shown)
     )
+
+
+def _template(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[str, Any] | None:
+    """A function's template imports with the call's own environment; a program's has neither imports nor any of it."""
+    if call.tty or not manifest.process.warm or not _is_general(manifest, call, around):
+        return None
+    if call.kind == "program":
+        return {"function": False}
+    env = _environment(manifest, call, around)
+    return {"function": True, "python": call.argv[0], "env": env, "preload": list(call.preload)}
 
 
 def _granted_paths(manifest: Manifest) -> dict[str, str]:

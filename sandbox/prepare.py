@@ -5,19 +5,22 @@ This is the one place of the caller's side that looks at files; the planner itse
 
 from __future__ import annotations
 
+import dis
 import functools
 import getpass
+import importlib.util
 import os
 import shutil
 import site
 import sys
 import sysconfig
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sandbox.codec import EncodedCall, cloudpickle_directory
+from sandbox.codec import EncodedCall, cloudpickle_directory, sandboxed_body
 from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, Workspace
@@ -123,23 +126,55 @@ def function_files() -> tuple[tuple[str, str], ...]:
     """(host path, jail path) of the runner and of cloudpickle: all that a function call needs of ours inside."""
     code = os.path.realpath(_JAIL_CODE)
     pickle_dir = os.path.realpath(f"{cloudpickle_directory()}/cloudpickle")
-    return (
-        (f"{code}/runner.py", f"{LIB}/runner.py"),
-        (f"{code}/encode.py", f"{LIB}/encode.py"),
-        (pickle_dir, f"{SITE}/cloudpickle"),
+    package = os.path.dirname(code)
+    ours = tuple(
+        (f"{package}/{name}", f"{LIB}/sandbox/{name}") for name in ("__init__.py", "errors.py", "_jail", "_linux")
     )
+    return (*ours, (pickle_dir, f"{SITE}/cloudpickle"))
 
 
 def function_spec(spec: CallSpec, encoded: EncodedCall, *, capture_arguments: bool) -> CallSpec:
     """The call of a function as the program that runs it: the caller's interpreter with our runner."""
     return replace(
         spec,
-        argv=(sys.executable, "-I", f"{LIB}/runner.py", REQUEST_FD, RESULT_FD),
+        argv=(sys.executable, "-I", f"{LIB}/sandbox/_jail/runner.py", REQUEST_FD, RESULT_FD),
         module=encoded.module,
         source_sha256=encoded.source_sha256,
         arguments_sha256=encoded.arguments_sha256,
         arguments=encoded.arguments_json.decode() if capture_arguments else None,
     )
+
+
+def preload_modules(func: Callable[..., Any], importable: Callable[[str], bool]) -> tuple[str, ...]:
+    """The modules that a template should import for `func`: its own, those it refers to and those it imports."""
+    body = sandboxed_body(func) or func
+    names = {"cloudpickle", body.__module__ or ""}
+    pending = [body.__code__]
+    while pending:
+        code = pending.pop()
+        pending.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
+        names.update(_imported(code))
+        referred = (body.__globals__.get(name) for name in code.co_names)
+        names.update(value.__name__ for value in referred if isinstance(value, types.ModuleType))
+    return tuple(sorted(name for name in names if name == "cloudpickle" or (name and _can_preload(name, importable))))
+
+
+def _imported(code: types.CodeType) -> Iterator[str]:
+    return (item.argval for item in dis.get_instructions(code) if item.opname == "IMPORT_NAME")
+
+
+def _can_preload(name: str, importable: Callable[[str], bool]) -> bool:
+    """Whether it is there inside. A module that the function imports late may not be loaded here yet."""
+    if name in sys.modules:
+        return importable(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return False
+    if spec is None or not spec.origin:
+        return False
+    roots = tuple(f"{os.path.realpath(root)}/" for root in interpreter().roots)
+    return spec.origin in ("built-in", "frozen") or os.path.realpath(spec.origin).startswith(roots)
 
 
 def policy(manifest: Manifest, profile: str, digest: str) -> dict[str, Any]:

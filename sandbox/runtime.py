@@ -234,6 +234,7 @@ class Sandbox:
             argv=(),
             tool=getattr(func, "__qualname__", type(func).__name__),
             workspace=prepare.workspace(manifest),
+            preload=_preload(func, tuple(granted)),
             **_context_fields(context or current_context()),
         )
         spec = prepare.function_spec(spec, encoded, capture_arguments="args" in manifest.audit.capture)
@@ -294,6 +295,11 @@ def _context_fields(context: CallContext) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _importable(granted: tuple[str, ...]) -> Callable[[str], bool]:
     return importable_under([*prepare.interpreter().roots, *granted])
+
+
+@functools.lru_cache(maxsize=1024)
+def _preload(func: Callable[..., Any], granted: tuple[str, ...]) -> tuple[str, ...]:
+    return prepare.preload_modules(func, _importable(granted))
 
 
 class _memfds:  # noqa: N801 - a context manager used like a function

@@ -14,10 +14,10 @@ import contextlib
 import os
 import signal
 
-from sandbox._jail import pid1, view
+# All of it now: once the root has changed, nothing of ours can be found on disk any more.
+from sandbox._jail import pid1, template, view
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
 from sandbox._linux import process, syscalls, wire
-
 
 # The rest follows from inside, once pid 1 has mounted what only it can: see pid1.namespaces.
 FIRST_NAMESPACES = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWNS
@@ -35,6 +35,8 @@ def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
         report_failure(launch, error)
         os._exit(1)
     if pid == 0:
+        if "template" in launch.plan:
+            template.run(launch, release)
         pid1.run(launch, release)
         os._exit(1)
     _attend(launch, pid, pidfd, release)
@@ -50,7 +52,8 @@ def _build(launch: Launch) -> tuple[int, int, int]:
     launch.run_steps("view", view.STEPS)
     launch.step = "namespaces"
     sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
-    pid, pidfd = syscalls.clone(FIRST_NAMESPACES, launch.fds.get("cgroup", -1))
+    flags = syscalls.ALL_NAMESPACES if "template" in launch.plan else FIRST_NAMESPACES
+    pid, pidfd = syscalls.clone(flags, launch.fds.get("cgroup", -1))
     if pid == 0:
         os.close(sync_write)
         return 0, -1, sync_read
@@ -92,8 +95,8 @@ def _attend(launch: Launch, pid: int, pidfd: int, release: int) -> None:
         launch.step = "map_ids"
         if launch.host_uid is None:
             _write(f"/proc/{pid}/setgroups", b"deny")
-        _write(f"/proc/{pid}/uid_map", b"%d %d 1" % (INSIDE_ID, launch.owner))
-        _write(f"/proc/{pid}/gid_map", b"%d %d 1" % (INSIDE_ID, launch.owner))
+        _write(f"/proc/{pid}/uid_map", b"%d %d %d" % (INSIDE_ID, launch.owner, launch.uid_count))
+        _write(f"/proc/{pid}/gid_map", b"%d %d %d" % (INSIDE_ID, launch.owner, launch.uid_count))
         names = sorted(launch.out_fds)
         wire.send(
             launch.status,

@@ -28,6 +28,8 @@ class Launch:
         host_uid = message["host_uid"]
         # None: an ordinary user, who can map nothing but himself.
         self.host_uid: int | None = host_uid if isinstance(host_uid, int) else None
+        # A template's children have uids of their own; it takes root to map more than one.
+        self.uid_count = int(str(message.get("uid_count", 1)))
         self.mnt = str(message["mnt"])
         self.seccomp = wire.read_memfd(self.fds["seccomp"])
         self.cap_last = process.last_cap()

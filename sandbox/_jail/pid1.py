@@ -38,18 +38,22 @@ CALL_NAMESPACES = syscalls.ALL_NAMESPACES & ~syscalls.CLONE_NEWPID
 def run(launch: Launch, release: int) -> None:
     """Everything from birth to the end of the tool. Does not return."""
     try:
-        _wait_for_release(launch, release)
+        wait_for_release(launch, release)
         launch.run_steps("call", STEPS)
-        _park(launch)
-        launch.step = "exec"
-        tool_pid = _start_tool(launch)
+        park(launch)
+        run_program(launch)
     except OSError as error:
         report_failure(launch, error)
         os._exit(1)
-    _attend(launch, tool_pid)
 
 
-def _wait_for_release(launch: Launch, release: int) -> None:
+def run_program(launch: Launch) -> None:
+    """Start the tool and stay until it has ended. Does not return."""
+    launch.step = "exec"
+    _attend(launch, _start_tool(launch))
+
+
+def wait_for_release(launch: Launch, release: int) -> None:
     """Block until the builder has put us under our limits and mapped our ids; then take the jail's uid."""
     launch.step = "map_ids"
     if os.read(release, 1) != b"+":
@@ -209,7 +213,7 @@ STEPS = {
 }
 
 
-def _park(launch: Launch) -> None:
+def park(launch: Launch) -> None:
     """Sealed: say so, and wait for the call. Without one (the supervisor closed the channel) the jail ends unused."""
     wire.send(launch.status, {"ev": "sealed", "steps": launch.applied, "notes": launch.notes})
     while True:

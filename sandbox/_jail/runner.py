@@ -151,13 +151,18 @@ def _flush() -> None:
 
 def main(argv: list[str]) -> int:
     request_fd, result_fd = int(argv[1]), int(argv[2])
-    pid = os.getpid()
     try:
         os.set_inheritable(result_fd, False)
         request = _read_all(request_fd)
     except OSError as error:
         print(f"sandbox runner: cannot use the descriptors {argv[1:]}: {error}", file=sys.stderr)
         return 2
+    return finish(request, result_fd)
+
+
+def finish(request: bytes, result_fd: int) -> int:
+    """Run the call and write its one reply; returns the exit status."""
+    pid = os.getpid()
     reply = run_call(request)
     _flush()
     if os.getpid() != pid:

@@ -21,6 +21,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_SECUREBITS = 28
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 # NOROOT, NO_SETUID_FIXUP, KEEP_CAPS off, NO_CAP_AMBIENT_RAISE, each with its lock bit.
 SECUREBITS_LOCKED = 0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80
@@ -76,6 +77,21 @@ def drop_all_caps(highest: int) -> None:
     prctl("PR_SET_SECUREBITS", PR_SET_SECUREBITS, SECUREBITS_LOCKED)
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     syscalls.call("capset", syscalls.number("capset"), header, bytes(24))
+
+
+def raise_ambient(caps: list[int]) -> None:
+    """Keep exactly these capabilities of the own user namespace across the next exec.
+
+    An exec by a uid other than 0 keeps only ambient ones, which have to be permitted and inheritable first.
+    """
+    low = high = 0
+    for cap in caps:
+        low, high = (low | 1 << cap, high) if cap < 32 else (low, high | 1 << (cap - 32))
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    data = struct.pack("=6I", low, low, low, high, high, high)
+    syscalls.call("capset", syscalls.number("capset"), header, data)
+    for cap in caps:
+        prctl("PR_CAP_AMBIENT", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap)
 
 
 def set_no_new_privs() -> None:

@@ -240,8 +240,7 @@ class Call:
         return found
 
     def close(self) -> None:
-        """Give back every descriptor, and the jail."""
+        """Give back every descriptor of ours; the jail goes back to where it came from."""
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
-        self.jail.close()

@@ -12,7 +12,9 @@ import os
 from collections.abc import Iterator
 
 FIRST_UID = 0x70000000
-RANGE = 1 << 16
+RANGE = 1 << 18
+# A template gives an own uid to each of its children, in turn.
+BLOCK = 64
 INITIAL_MAP_LENGTH = 4294967295
 
 
@@ -37,7 +39,7 @@ def choose_range(ranges: list[tuple[int, int]]) -> tuple[int, int] | None:
 
 
 def host_uids() -> Iterator[int] | None:
-    """An endless supply of uids for jails, or None for an ordinary user."""
+    """An endless supply of blocks of BLOCK uids for jails, by their first uid; None for an ordinary user."""
     if os.geteuid() != 0:
         return None
     with open("/proc/self/uid_map", encoding="ascii") as file:
@@ -46,5 +48,5 @@ def host_uids() -> Iterator[int] | None:
         return None
     first, length = chosen
     # Not from the start each time: two supervisors at once should not hand out the same uids in the same order.
-    offset = os.getpid() * 64 % length
-    return (first + (offset + index) % length for index in itertools.count())
+    blocks = length // BLOCK
+    return (first + (os.getpid() * 16 + index) % blocks * BLOCK for index in itertools.count())

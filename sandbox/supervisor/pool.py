@@ -158,9 +158,10 @@ class Pool:
     def _fork(self, shelf: _Shelf) -> Jail:
         """A jail from the kind's template. Raises OSError when the template is gone."""
         assert shelf.template is not None
-        jail = self._new(shelf.plan)
+        base = shelf.template.host_uid
+        index = 0 if base is None else next(shelf.index)
+        jail = self._new(shelf.plan, None if base is None else base + index)
         try:
-            index = next(shelf.index) if self._host_uids is not None else 0
             jail.launch_from(shelf.template, index)
         except BaseException:
             jail.close()
@@ -191,7 +192,7 @@ class Pool:
             self._retired.append(_retire(shelf))
             self._forget_empty()
 
-    def _new(self, plan: LaunchPlan) -> Jail:
+    def _new(self, plan: LaunchPlan, host_uid: int | None) -> Jail:
         """A jail's name and group; nothing of it runs yet. Raises OSError or LauncherUnavailable."""
         name = f"jail-{next(self._serial)}"
         limits = cgroup_limits(plan)
@@ -200,14 +201,15 @@ class Pool:
             group = self._tree.create(name, limits, io_devices(self._state, plan))
         elif limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
-        return Jail(name, group)
+        return Jail(name, group, host_uid)
 
     def _make(self, plan: LaunchPlan, *, template: bool = False) -> Jail:
         """A jail, or a template, of a builder's making."""
-        jail = self._new(plan)
-        message: dict[str, object] = {"mnt": str(self._state / "mnt"), "host_uid": None}
-        if self._host_uids is not None:
-            message |= {"host_uid": next(self._host_uids), "uid_count": identity.BLOCK if template else 1}
+        host_uid = next(self._host_uids) if self._host_uids is not None else None
+        jail = self._new(plan, host_uid)
+        message: dict[str, object] = {"mnt": str(mount_point(self._state)), "host_uid": host_uid}
+        if template and host_uid is not None:
+            message["uid_count"] = identity.BLOCK
         content: dict[str, Any] = {"steps": plan.to_json()["steps"]}
         if template:
             content["template"] = plan.template

@@ -1,0 +1,214 @@
+"""The template: a process inside a jail of its own from which single-use jails are forked.
+
+It lives one user namespace below the root view, so it can make namespaces and mounts for its children and cannot touch
+the view. For functions it is a fresh interpreter that has imported what the tool needs; input of a call never
+reaches it, only a child that has sealed itself. It is pid 1 of its own pid namespace: when it ends, so do all of
+its children. Nothing of a call returns here but an exit status.
+
+The imports run with the namespace's capabilities, before any filter: they are the developer's own modules, which the
+caller's process has imported as well. Source: pid_namespaces(7), user_namespaces(7), unshare(2).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import warnings
+
+from sandbox._jail import function, pid1, places
+from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
+from sandbox._linux import mounts, process, syscalls, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+LIB = "/run/sandbox/lib"
+_BOOT = f"import sys; sys.path.append({LIB!r}); from sandbox._jail.template import main; main(sys.argv[1])"
+# What making a jail takes: mounts and namespaces, ids, the bounding set, loopback.
+_KEPT_CAPS = {"SETGID": 6, "SETUID": 7, "SETPCAP": 8, "NET_ADMIN": 12, "SYS_ADMIN": 21}
+
+
+def run(launch: Launch, release: int) -> None:
+    """From birth to the end of the template. Does not return."""
+    try:
+        pid1.wait_for_release(launch, release)
+        process.set_not_dumpable()
+        settings = launch.plan["template"]
+        if settings["function"]:
+            _start_interpreter(launch, settings)
+        _serve(launch)
+    except OSError as error:
+        report_failure(launch, error)
+    os._exit(1)
+
+
+def _start_interpreter(launch: Launch, settings: dict[str, Any]) -> None:
+    """Exec the caller's interpreter with its packages, keeping what making jails takes across the exec."""
+    launch.step = "template"
+    mounts.mount("proc", "/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
+    scratch = next(step["args"] for step in launch.plan["steps"] if step["name"] == "scratch")
+    places.scratch(launch, scratch, at=places.INSIDE, root="", owner=os.getuid())
+    mounts.unmount_detached(places.INSIDE)
+    for fd in launch.out_fds.values():
+        os.close(fd)
+    process.loopback_up()
+    process.raise_ambient(list(_KEPT_CAPS.values()))
+    kept = {name: launch.fds[name] for name in ("status", "plan", "seccomp")}
+    state = {"fds": list(kept), "host_uid": launch.host_uid, "mnt": launch.mnt, "numbers": list(kept.values())}
+    for fd in kept.values():
+        os.set_inheritable(fd, True)
+    os.chdir("/")
+    argv = [settings["python"], "-I", "-c", _BOOT, json.dumps(state)]
+    os.execve(argv[0], argv, settings["env"])  # noqa: S606 - this is the point
+
+
+def main(text: str) -> None:
+    """Entry of the fresh interpreter: import what is named, then serve."""
+    state = json.loads(text)
+    for fd in state["numbers"]:
+        os.set_inheritable(fd, False)
+    launch = Launch(state, state["numbers"])
+    try:
+        process.set_not_dumpable()
+        sys.path.remove(LIB)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sandbox"]:
+            # A tool's module may import the real package, which must not find these few files in its place.
+            del sys.modules[name]
+        _preload(launch, launch.plan["template"]["preload"])
+        _serve(launch)
+    except OSError as error:
+        report_failure(launch, error)
+    os._exit(1)
+
+
+def _preload(launch: Launch, names: list[str]) -> None:
+    sys.path.append(function.SITE)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # noqa: BLE001 - the call will import it again and say so to its caller
+            launch.notes.append(f"import of {name} in the template: {type(error).__name__}")
+    # Children share these pages until somebody writes; a collection would write to all of them (gc.freeze).
+    gc.collect()
+    gc.freeze()
+    # Threads that a library started are not in the child; the library's own fork handlers deal with that.
+    warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+
+
+class _Children:
+    """The jails that live: pid to the status channel on which their end is told."""
+
+    def __init__(self, *, is_function: bool) -> None:
+        self.is_function = is_function
+        self.channels: dict[int, socket.socket] = {}
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, wait_status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            channel = self.channels.pop(pid, None)
+            if channel is None:
+                continue
+            with channel:
+                try:
+                    if self.is_function:
+                        wire.send(
+                            channel,
+                            {
+                                "ev": "exit",
+                                "wait_status": wait_status,
+                                "user_s": usage.ru_utime,
+                                "system_s": usage.ru_stime,
+                                "maxrss_bytes": usage.ru_maxrss * 1024,
+                            },
+                        )
+                    wire.send(channel, {"ev": "gone", "wait_status": wait_status})
+                except OSError:
+                    continue  # the supervisor gave this jail up: nobody waits for its end
+
+
+def _serve(launch: Launch) -> None:
+    """Fork a jail for each request, until the supervisor closes the channel."""
+    children = _Children(is_function=launch.plan["template"]["function"])
+    own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    poller = select.poll()
+    poller.register(wake_read, select.POLLIN)
+    poller.register(launch.status, select.POLLIN)
+    wire.send(launch.status, {"ev": "serving", "notes": launch.notes})
+    while True:
+        ready = {fd for fd, _ in poller.poll()}
+        if wake_read in ready:
+            os.read(wake_read, 4096)
+            children.reap()
+        if launch.status.fileno() in ready:
+            message, fds = wire.receive(launch.status)
+            if message is None:
+                os._exit(0)
+            _fork(launch, message, fds, (children, own_pid_namespace))
+
+
+def _fork(launch: Launch, message: dict[str, Any], fds: list[int], own: tuple[_Children, int]) -> None:
+    children, own_pid_namespace = own
+    named = dict(zip(message["fds"], fds, strict=True))
+    channel = socket.socket(fileno=named["status"])
+    # The next child is the first process of a new pid namespace; afterwards our children are ours again.
+    syscalls.unshare(syscalls.CLONE_NEWPID)
+    pid = os.fork()
+    if pid == 0:
+        _become_jail(launch, named, int(message["index"]), is_function=children.is_function)
+        os._exit(1)
+    syscalls.setns(own_pid_namespace, syscalls.CLONE_NEWPID)
+    children.channels[pid] = channel
+    for name, fd in named.items():
+        if name != "status":
+            os.close(fd)
+    pidfd = os.pidfd_open(pid)
+    try:
+        wire.send(channel, {"ev": "born", "fds": ["pidfd"], "notes": launch.notes}, [pidfd])
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+
+
+def _become_jail(launch: Launch, named: dict[str, int], index: int, *, is_function: bool) -> None:
+    """In the child: join the call's group, take an own uid, finish the jail, park, run."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    launch.status.detach()
+    launch.status = socket.socket(fileno=named["status"])
+    launch.fds = {"status": named["status"]}
+    try:
+        launch.step = "join_cgroup"
+        for name, fd in named.items():
+            if name.startswith("procs"):
+                os.write(fd, b"0")
+        launch.step = "map_ids"
+        if index:
+            os.setresgid(INSIDE_ID + index, INSIDE_ID + index, INSIDE_ID + index)
+            os.setresuid(INSIDE_ID + index, INSIDE_ID + index, INSIDE_ID + index)
+        launch.step = "mount_namespace"
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        launch.applied = ["template", "join_cgroup", "map_ids"]
+        launch.run_steps("call", pid1.STEPS)
+        pid1.park(launch)
+        if is_function:
+            function.run(launch)
+        pid1.run_program(launch)
+    except OSError as error:
+        report_failure(launch, error)
+    os._exit(1)
