@@ -15,7 +15,7 @@ UNLIMITED = 1 << 62
 
 
 class Limits(NamedTuple):
-    """What a policy sets; None is no limit of that kind. Times in seconds, rate in bytes a second both ways together."""
+    """What a policy sets; None is no limit of that kind. The rate counts both ways together."""
 
     upload_max_bytes: int | None = None
     download_max_bytes: int | None = None
@@ -53,6 +53,15 @@ class Meter:
             self.down += count
         if self._bucket is not None:
             self._bucket.take(count)
+
+    @property
+    def has_rate(self) -> bool:
+        return self._bucket is not None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much to read at once, so that a slow rate is a trickle and no stop-and-go."""
+        return max(512, (self.limits.rate_bytes_per_s or UNLIMITED) // 16)
 
     def wait_s(self, now: float) -> float:
         """How long until the rate permits another read; 0 for at once."""

@@ -25,13 +25,8 @@ _REASONS: Final = {
     "dns_rate": "too many DNS queries in a short time",
     "dns_names": "too many different names ({detail})",
     "dns_tunnel": "the name looks like data sent through DNS ({detail})",
+    "gateway_busy": "too many connections are open on this host machine",
     "budget": "the budget {detail} of this call is used up",
-}
-# Not denials of the manifest's but of the world's: said as what they are.
-_FAILURES: Final = {
-    "resolve_failed": "the name could not be looked up ({detail})",
-    "connect_failed": "the host did not accept the connection ({detail})",
-    "gateway_busy": "too many connections at once for this host machine",
 }
 
 
@@ -40,8 +35,6 @@ def denial(attempt: Attempt, allowed: Sequence[str]) -> str:
     what = f"{attempt.host}:{attempt.port}" if attempt.proto != "dns" else attempt.host
     verb = "looking up" if attempt.proto == "dns" else "connecting to"
     words = {"detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
-    if attempt.reason in _FAILURES:
-        return f"{verb} {what} failed: {_FAILURES[attempt.reason].format(**words)}."
     reason = _REASONS.get(attempt.reason, attempt.reason).format(**words)
     permitted = ", ".join(allowed[:_RULES_SHOWN_MAX]) + (", …" if len(allowed) > _RULES_SHOWN_MAX else "")
     return f"{verb} {what} is not permitted: {reason}. Permitted: {permitted or 'nothing'}. Retrying will not help."

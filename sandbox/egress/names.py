@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from sandbox.destinations import HostRule, normal_name
 from sandbox.egress.addresses import SYNTHETIC_V4, SYNTHETIC_V6, Address
 from sandbox.egress.budget import TokenBucket
-from sandbox.egress.dns import ANY, AAAA, NOERROR, NXDOMAIN, PTR, REFUSED, A, Query, answer, reverse_address
+from sandbox.egress.dns import AAAA, ANY, NOERROR, NXDOMAIN, PTR, REFUSED, A, Query, answer, reverse_address
 from sandbox.egress.rules import DENIED, NOT_NAMED, Rules
 
 QUERIES_PER_S: Final = 100.0
