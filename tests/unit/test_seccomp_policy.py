@@ -47,6 +47,7 @@ def test_no_call_is_listed_twice() -> None:
         "mknodat",
         "ioctl",
         "prctl",
+        "prlimit64",
         "personality",
         "socket",
         "socketpair",
