@@ -30,6 +30,7 @@ _BOOT = (
 )
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
+TOLD_MAX = 1000
 STOP_TIMEOUT_S = 30.0
 
 
@@ -102,6 +103,7 @@ class Link:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._facts: HostFacts | None = None
+        self._told: set[tuple[str, ...]] = set()
         self.supervisor_pid = -1
         self.zygote_pid = -1
 
@@ -161,6 +163,13 @@ class Link:
                 self._control.settimeout(None)
                 return facts
 
+    def include(self, ask: dict[str, Any], name: str, key: str, data: Mapping[str, Any]) -> None:
+        """Put `data` into `ask` under `name`, or only its `key` when this supervisor has had it before."""
+        ask[f"{name}_id"] = key
+        if (name, key) not in self._told:
+            ask[name] = data
+            ask.setdefault("new", []).append((name, key))
+
     def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int]) -> Pending:
         """Hand one call over. `fds` stay the caller's to close."""
         self.facts()
@@ -171,6 +180,9 @@ class Link:
                 names = {"reply": theirs.fileno(), "ask": ask_fd, **fds}
                 assert self._control is not None
                 wire.send(self._control, {"op": "call", "fds": list(names)}, list(names.values()))
+            # Only now: whoever sends the key alone must come after whoever sent the data.
+            if len(self._told) < TOLD_MAX:
+                self._told.update(tuple(pair) for pair in ask.get("new", ()))
         except OSError as error:
             ours.close()
             raise CallLost(f"the supervisor is gone: {error}") from error
@@ -195,6 +207,7 @@ class Link:
             self._control.close()
             self._control = None
         self._facts = None
+        self._told.clear()
         if self._process is not None:
             self._process.poll()
 
@@ -204,6 +217,7 @@ class Link:
         if self._control is not None:
             self._control.close()
         self._control, self._process, self._facts = None, None, None
+        self._told.clear()
 
 
 def _environment(*, for_systemd: bool) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import json
 import os
 import selectors
@@ -25,6 +26,7 @@ from sandbox.audit.view import Record
 from sandbox.codec import decode_reply, encode_call, granted_sys_path, importable_under, return_annotation
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
+from sandbox.host import HostFacts
 from sandbox.link import Link, Pending
 from sandbox.manifest import Manifest
 from sandbox.outcome import Ending, Outcome
@@ -75,6 +77,8 @@ class Sandbox:
         self._ceiling = ceiling
         self._overrides = overrides
         self._state = state_dir(state)
+        # Deciding is pure, so equal questions have equal answers. The facts are kept so that their id stays theirs.
+        self._plans: dict[Any, tuple[HostFacts, LaunchPlan, tuple[str, dict[str, Any]]]] = {}
         self._link: Link | None = supervisor_link.shared(self._state)
         try:
             self._link.start()
@@ -112,7 +116,7 @@ class Sandbox:
     def plan(self, argv: Sequence[str], **overrides: Any) -> LaunchPlan:
         """The plan that `run` would carry out. Raises Unenforceable when this host cannot hold it."""
         job = self._program(argv, overrides=overrides)
-        return self._decide(job)
+        return self._decide(job)[0]
 
     def run(
         self,
@@ -241,10 +245,34 @@ class Sandbox:
         request = encoded.request(sys_path=[prepare.SITE, *granted])
         return Job(spec, self._resolved, {}, request=request, annotation=return_annotation(func))
 
-    def _decide(self, job: Job) -> LaunchPlan:
+    def _decide(self, job: Job) -> tuple[LaunchPlan, tuple[str, dict[str, Any]]]:
+        """The plan, and the part of it that is common to all calls of its kind with a name for that."""
         link = self._live_link()
-        around = prepare.surroundings(job.resolved.manifest, job.spec, self._state, job.env)
-        return decide(job.resolved.manifest, job.spec, link.facts(), around)
+        manifest, spec = job.resolved.manifest, job.spec
+        around = prepare.surroundings(manifest, spec, self._state, job.env)
+        facts = link.facts()
+        if around.paths:
+            # Where granted paths stand now decides, each time anew.
+            plan = decide(manifest, spec, facts, around)
+            return plan, _common(plan)
+        key = (
+            job.resolved.digest,
+            id(facts),
+            spec.kind,
+            spec.argv[0],
+            spec.cwd,
+            spec.tty,
+            spec.workspace,
+            spec.preload,
+        )
+        env = (tuple(sorted(around.caller_env.items())), tuple(sorted(around.extra_env.items())))
+        cached = self._plans.get((key, env))
+        if cached is None or cached[0] is not facts:
+            if len(self._plans) > PLANS_MAX:
+                self._plans.clear()
+            plan = decide(manifest, spec, facts, around)
+            cached = self._plans[key, env] = (facts, plan, _common(plan))
+        return replace(cached[1], argv=spec.argv), cached[2]
 
     def _live_link(self) -> Link:
         if self._link is None:
@@ -256,12 +284,15 @@ class Sandbox:
         link = self._live_link()
         ask: dict[str, Any] = {
             "call": prepare.call_data(job.spec),
-            "policy": prepare.policy(job.resolved.manifest, job.resolved.profile, job.resolved.digest),
             "principal": prepare.principal(os.getpid()),
             "durability": job.resolved.manifest.audit.durability,
         }
+        policy = prepare.policy(job.resolved.manifest, job.resolved.profile, job.resolved.digest)
+        link.include(ask, "policy", f"{job.resolved.profile} {job.resolved.digest}", policy)
         try:
-            ask["plan"] = self._decide(job).to_json()
+            plan, common = self._decide(job)
+            ask |= {"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}
+            link.include(ask, "plan", *common)
         except Unenforceable as refusal:
             ask["refused"] = {"fault": "host", "message": refusal.message}
             with link.submit(ask, {}) as pending:
@@ -283,6 +314,15 @@ class Sandbox:
         with pending:
             message = await _readable(pending)
         return outcome_of(job, message)
+
+
+PLANS_MAX = 256
+
+
+def _common(plan: LaunchPlan) -> tuple[str, dict[str, Any]]:
+    """What calls of one kind share, and a name for it: the plan without argv, env and cwd."""
+    data = replace(plan, argv=(), env={}, cwd="").to_json()
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest(), data
 
 
 _RUN_OPTIONS = frozenset(("input", "env", "cwd", "collect", "context", "why"))

@@ -121,6 +121,7 @@ class Jail:
         self.failure: dict[str, Any] = {}
         self.is_killed = False
         self.is_serving = False
+        self.is_reaped = False
         self.ready = asyncio.Event()
         self.gone = asyncio.Event()
         self.on_event: Callable[[dict[str, Any]], None] | None = None
@@ -241,13 +242,16 @@ class Jail:
             self.failure = message
             self.ready.set()
         elif event == "gone":
+            self.is_reaped = True
             self._end()
         if self.on_event is not None:
             self.on_event(message)
 
     async def wait_dead(self) -> None:
         """Until every process inside is gone: pid 1 is reaped after all the others (pid_namespaces(7))."""
-        if "pidfd" in self.fds:
+        if self.is_reaped:
+            pass  # pid 1 was waited for, which is after every other process inside
+        elif "pidfd" in self.fds:
             self.kill()
             await wait_readable(self._loop, self.fds["pidfd"], DEATH_TIMEOUT_S)
         elif self.group is not None:

@@ -8,7 +8,6 @@ exist only for plans that hold nothing of one call (`planner._is_general`).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 import time
@@ -68,14 +67,16 @@ class Pool:
         """Whether jails are built inside a user namespace of ours, as for every ordinary user."""
         return self._host_uids is None
 
-    def take(self, plan: LaunchPlan) -> Jail:
-        """A jail for one call, parked already or being made. It is handed out once; close it after the call.
+    def take(self, plan: LaunchPlan, kind: str) -> Jail:
+        """A jail for one call, parked already or being made. It is handed out once; put it back after the call.
+
+        `kind` names what the plan has in common with other calls' plans: jails are made for kinds.
 
         Raises OSError or LauncherUnavailable.
         """
         if not is_poolable(plan):
             return self._make(plan)
-        shelf = self._shelf(plan)
+        shelf = self._shelf(plan, kind)
         shelf.used_at = time.monotonic()
         jail = self._parked(shelf)
         if jail is None:
@@ -100,8 +101,7 @@ class Pool:
             shelf.children.discard(jail)
         self._forget_empty()
 
-    def _shelf(self, plan: LaunchPlan) -> _Shelf:
-        key = kind_of(plan)
+    def _shelf(self, plan: LaunchPlan, key: str) -> _Shelf:
         shelf = self._shelves.get(key)
         if shelf is None:
             if len(self._shelves) >= KEYS_MAX:
@@ -260,10 +260,3 @@ def _retire(shelf: _Shelf) -> _Shelf:
 def is_poolable(plan: LaunchPlan) -> bool:
     """Whether a jail for this plan may be made before its call is known: the planner says so by its template."""
     return plan.template is not None
-
-
-def kind_of(plan: LaunchPlan) -> str:
-    """What two plans must have in common for one jail to serve either: every step, limit and the filter."""
-    data = plan.to_json()
-    kind = {name: data[name] for name in ("steps", "limits", "seccomp", "template")}
-    return hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Supervisor:
         self._serial = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[str, Call] = {}
+        # Plans and policies by the caller's names for them; it bounds how many there are.
+        self._known: dict[tuple[str, str], Any] = {}
         self._closing = asyncio.Event()
         self._tree: cgroup.Tree | None = None
         self._pool: Pool
@@ -129,7 +132,7 @@ class Supervisor:
         reply.setblocking(False)
         try:
             with _claimed(fds, "ask") as ask_fd:
-                ask = json.loads(wire.read_memfd(ask_fd))
+                ask = self._completed(json.loads(wire.read_memfd(ask_fd)))
             try:
                 await self._run_call(reply, ask, fds)
             except SandboxError as error:
@@ -140,6 +143,17 @@ class Supervisor:
                     os.close(fd)
             reply.close()
 
+    def _completed(self, ask: dict[str, Any]) -> dict[str, Any]:
+        """The ask with what the caller sent once and since then only names."""
+        for name in ("policy", "plan"):
+            key = ask.get(f"{name}_id")
+            if key is None:
+                continue
+            if name in ask:
+                self._known[name, key] = LaunchPlan.from_json(ask[name]) if name == "plan" else ask[name]
+            ask[name] = self._known[name, key]
+        return ask
+
     async def _open_record(self, ask: dict[str, Any], call_id: str) -> dict[str, Any]:
         opening = audit_record.Opening(
             record_id=audit_record.new_record_id(),
@@ -147,7 +161,7 @@ class Supervisor:
             time_start=audit_record.rfc3339(time.time_ns()),
             call=ask["call"],
             policy=ask["policy"],
-            plan=ask.get("plan"),
+            plan=_plan_data(ask),
             host=self.host,
             principal=ask["principal"],
             producer_version=__version__,
@@ -168,12 +182,12 @@ class Supervisor:
             closing = finish.closing(ending, started)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
             return
-        plan = LaunchPlan.from_json(ask["plan"])
+        plan = replace(ask["plan"], argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"])
         work = Work(ask, plan, self.state, opened["record_id"])
         call: Call | None = None
         try:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
-            jail = self._pool.take(plan)
+            jail = self._pool.take(plan, ask["plan_id"])
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
@@ -215,6 +229,22 @@ class Supervisor:
             call.signal(int(str(message["number"])))
         elif message["op"] == "resize":
             call.resize(int(str(message["rows"])), int(str(message["columns"])))
+
+
+def _plan_data(ask: dict[str, Any]) -> dict[str, Any] | None:
+    """Of the plan, what the record needs. None for a refused call."""
+    plan: LaunchPlan | None = ask.get("plan")
+    if plan is None:
+        return None
+    return {
+        "launcher": plan.launcher,
+        "steps": [{"name": step.name} for step in plan.steps],
+        "limits": [asdict(limit) for limit in plan.limits],
+        "isolation": plan.isolation,
+        "seccomp": plan.seccomp,
+        "notes": plan.notes,
+        **{name: ask[name] for name in ("argv", "env", "cwd")},
+    }
 
 
 @contextlib.contextmanager
