@@ -15,6 +15,8 @@ from sandbox._linux.cgroup_files import read_pids, read_text, read_words
 # What a limit needs, by the v2 name; v1 calls io's controller blkio.
 CONTROLS = ("memory", "pids", "cpu", "io")
 V1_NAMES = {"memory": "memory", "pids": "pids", "cpu": "cpu", "io": "blkio"}
+# Where processes go that were in the group which now passes controllers on to ours.
+LEAF = "supervisor"
 V1_CONTROLLERS = frozenset(("memory", "pids", "cpu", "cpuacct", "blkio", "freezer"))
 
 
@@ -203,7 +205,8 @@ def _as_home(directory: str, *, is_own: bool) -> Home | None:
     pids = read_pids(directory) if kind is not None else []
     if not pids:
         return Home(directory, enabled | missing, False)
-    if is_own and is_ours(directory, pids):
+    # The leaf that a supervisor moved us to is no home: what was above it is.
+    if is_own and os.path.basename(directory) != LEAF and is_ours(directory, pids):
         return Home(directory, enabled | missing, True)
     return Home(directory, enabled, False)
 

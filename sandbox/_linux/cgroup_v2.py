@@ -21,11 +21,10 @@ from sandbox._linux.cgroup_files import (
     try_write,
     write_value,
 )
-from sandbox._linux.cgroup_layout import CONTROLS, Home
+from sandbox._linux.cgroup_layout import CONTROLS, LEAF, Home
 
 CPU_PERIOD_US = 100_000
 CPU_QUOTA_MIN_US = 1_000
-_LEAF = "supervisor"
 _MOVE_ROUNDS = 50
 
 
@@ -58,7 +57,7 @@ def _enable(group: str, controllers: frozenset[str]) -> dict[str, str]:
 def _move_to_leaf(group: str) -> None:
     # A non-root group that holds processes cannot enable controllers for its children (EBUSY), so ours move to a
     # leaf first. Rounds: a process that forks between the read and its own move leaves its child behind.
-    leaf = f"{group}/{_LEAF}"
+    leaf = f"{group}/{LEAF}"
     try:
         make_group(leaf)
         # What moves there may run as another user later, and must still be able to see where it is: our umask must

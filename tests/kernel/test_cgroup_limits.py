@@ -88,6 +88,16 @@ def test_memory_within_the_limit_is_left_alone(tree: cgroup.Tree) -> None:
     assert group.destroy()
 
 
+def test_a_second_tree_of_the_same_process_does_not_move_it_again(tree: cgroup.Tree) -> None:
+    before = Path("/proc/self/cgroup").read_text()
+    second = cgroup.Tree.open(f"{os.getpid()}-2")
+    try:
+        assert Path("/proc/self/cgroup").read_text() == before
+        assert os.path.dirname(second.v2) == os.path.dirname(tree.v2) or not tree.v2
+    finally:
+        assert second.close()
+
+
 def test_swap_is_no_way_round_the_memory_limit(tree: cgroup.Tree) -> None:
     group = tree.create("swap", {"memory_bytes": 64 << 20})
     where = group.v1.get("memory")
@@ -154,10 +164,12 @@ SPIN = "end = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass\nprint(
 
 def test_cpu_is_throttled_to_its_share(tree: cgroup.Tree) -> None:
     group = tree.create("spin", {"cpus": 0.2})
+    before = time.monotonic()
     status, out = run(group, SPIN)
+    elapsed_s = time.monotonic() - before
     assert status == 0, out
     stats = group.stats()
-    assert stats["cpu_usage_s"] < 0.7, "0.2 cores for 1.5 s is 0.3 s, and interpreter start"
+    assert stats["cpu_usage_s"] < 0.2 * elapsed_s + 0.1
     assert stats["throttled_periods"] >= 3
     assert stats["throttled_s"] > 0
     assert group.destroy()
