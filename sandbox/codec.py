@@ -115,6 +115,31 @@ def encode_call(
     )
 
 
+def as_function(func: Any) -> Callable[..., Any]:
+    """A plain function that does what `func` does: builtins, partials, bound methods and callable objects are none.
+
+    Raises TypeError for what cannot be called.
+    """
+    if isinstance(func, types.FunctionType):
+        return func
+    if not callable(func):
+        raise TypeError(f"a {type(func).__name__} cannot be called in a jail: give a function and its arguments")
+    call: Callable[..., Any]
+    if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None)):  # noqa: B004
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await func(*args, **kwargs)
+    else:
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return func(*args, **kwargs)
+
+    call.__module__ = getattr(func, "__module__", None) or type(func).__module__
+    call.__name__ = getattr(func, "__name__", type(func).__name__)
+    call.__qualname__ = getattr(func, "__qualname__", type(func).__qualname__)
+    return call
+
+
 def decode_reply(data: bytes, annotation: Any = Any, *, limits: Mapping[str, int] = LIMITS) -> Any:
     """Return the value in a jail's reply, as `annotation` declares it (see `return_annotation`).
 

@@ -23,7 +23,7 @@ from sandbox import prepare
 from sandbox._linux import wire
 from sandbox.audit.store import state_dir
 from sandbox.audit.view import Record
-from sandbox.codec import decode_reply, encode_call, granted_sys_path, importable_under, return_annotation
+from sandbox.codec import as_function, decode_reply, encode_call, granted_sys_path, importable_under, return_annotation
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.host import HostFacts
@@ -230,13 +230,14 @@ class Sandbox:
     def _function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CallContext | None
     ) -> Job:
+        func = as_function(func)
         manifest = self._resolved.manifest
         granted = granted_sys_path(prepare.granted_directories(manifest))
         encoded = encode_call(func, args, kwargs, importable=_importable(tuple(granted)))
         spec = CallSpec(
             kind="function",
             argv=(),
-            tool=getattr(func, "__qualname__", type(func).__name__),
+            tool=func.__qualname__,
             workspace=prepare.workspace(manifest),
             preload=_preload(func, tuple(granted)),
             **_context_fields(context or current_context()),
