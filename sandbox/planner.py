@@ -106,8 +106,9 @@ class Surroundings:
     `paths`: every granted host path. `caller_env`: the caller's variables that the manifest allows by name.
     `python_paths`: (host path, jail path) of the interpreter's prefixes. `runtime_files`: (host path, jail path) of
     what a function call needs. `search_path`: directories put before the system's in PATH. `hidden`: host paths that
-    are never shown, such as the state directory with the records. `protected`: entries of a writable workspace which
-    stay read-only. `extra_env`: variables that the caller gives this one call.
+    are never shown, such as the state directory with the records. `own_code`: what runs outside, the interpreter and
+    us. `protected`: entries of a writable workspace which stay read-only. `extra_env`: variables that the caller gives
+    this one call.
     """
 
     paths: Mapping[str, PathFact] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Surroundings:
     runtime_files: tuple[tuple[str, str], ...] = ()
     search_path: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    own_code: tuple[str, ...] = ()
     protected: tuple[str, ...] = ()
     terminal_rows: int = 24
     terminal_columns: int = 80
@@ -249,10 +251,12 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
                 "runtime_files": [list(pair) for pair in around.runtime_files],
             },
         ),
-        Step("grants", "view", {"paths": _grants(manifest, around)}),
+        Step("grants", "view", {"paths": _grants(manifest, call, around, below_workspace=False)}),
     ]
     if call.workspace.host_path:
         steps.append(Step("workspace", "view", _workspace(call, around)))
+        # The workspace would cover these: what is read-only below a writable workspace is mounted after it.
+        steps.append(Step("inner_grants", "view", {"paths": _grants(manifest, call, around, below_workspace=True)}))
     steps += [
         Step("deny", "view", _denials(manifest, call, around)),
         Step("proc_seed", "view"),
@@ -301,7 +305,10 @@ def _granted_paths(manifest: Manifest) -> dict[str, str]:
     return granted
 
 
-def _grants(manifest: Manifest, around: Surroundings) -> list[dict[str, Any]]:
+def _grants(manifest: Manifest, call: CallSpec, around: Surroundings, *, below_workspace: bool) -> list[dict[str, Any]]:
+    """What is mounted from the host, with the inode that was seen; those below the workspace, or all others."""
+    root = call.workspace.host_path
+    granted = _own_code(manifest, call, around) | _granted_paths(manifest)
     return [
         {
             "host_path": path,
@@ -310,9 +317,18 @@ def _grants(manifest: Manifest, around: Surroundings) -> list[dict[str, Any]]:
             "dev": around.paths[path].dev,
             "ino": around.paths[path].ino,
         }
-        for path, access in sorted(_granted_paths(manifest).items())
-        if path in around.paths
+        for path, access in sorted(granted.items())
+        if path in around.paths and (bool(root) and path.startswith(f"{root}/")) == below_workspace
     ]
+
+
+def _own_code(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[str, str]:
+    """The interpreter's and our own files, read-only wherever a grant makes the directory around them writable.
+
+    They run outside, as the caller and as the supervisor: who may write them is out of the jail with the next start.
+    """
+    trees = tuple(f"{tree}/" for tree in _writable_trees(manifest, call))
+    return {path: "read" for path in around.own_code if path.startswith(trees)}
 
 
 def _workspace(call: CallSpec, around: Surroundings) -> dict[str, Any]:
@@ -337,7 +353,7 @@ def _denials(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[s
         "patterns": patterns,
         "trees": trees,
         "writable": _writable_trees(manifest, call),
-        "pinned": [grant["jail_path"] for grant in _grants(manifest, around) if grant["access"] == "read"],
+        "pinned": sorted({*manifest.filesystem.read, *_own_code(manifest, call, around)}),
         "entries_max": DENY_ENTRIES_MAX,
     }
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sandbox.audit.store import usual_state_dir
 from sandbox.codec import EncodedCall, cloudpickle_directory, sandboxed_body
 from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
@@ -31,6 +32,7 @@ SITE = "/run/sandbox/site"
 REQUEST_FD = "3"
 RESULT_FD = "4"
 _JAIL_CODE = Path(__file__).parent / "_jail"
+_VENV_PARTS = ("bin", "include", "lib", "lib64", "pyvenv.cfg", "share", "etc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,31 @@ def interpreter() -> Interpreter:
     prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
     pairs: dict[tuple[str, str], None] = {}
     for prefix in prefixes:
-        real = os.path.realpath(prefix)
-        for shown in dict.fromkeys((real, os.path.abspath(prefix))):
+        for shown in dict.fromkeys((os.path.realpath(prefix), os.path.abspath(prefix))):
             # /usr is in every jail's view already.
             if not f"{shown}/".startswith("/usr/"):
-                pairs[(real, shown)] = None
+                pairs.update(((os.path.realpath(part), part), None) for part in _parts(shown))
     search = [f"{os.path.abspath(prefix)}/bin" for prefix in prefixes if not f"{prefix}/".startswith("/usr/")]
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     roots = [*(sysconfig.get_path(name) for name in names), *site.getsitepackages()]
     return Interpreter(tuple(pairs), tuple(dict.fromkeys(search)), tuple(dict.fromkeys(roots)))
 
 
+def _parts(prefix: str) -> list[str]:
+    """The interpreter's own in a prefix. A virtual environment may be a project's top directory, secrets and all."""
+    if not os.path.exists(f"{prefix}/pyvenv.cfg"):
+        return [prefix]
+    return [f"{prefix}/{name}" for name in _VENV_PARTS if os.path.exists(f"{prefix}/{name}")]
+
+
+@functools.cache
+def own_code() -> tuple[str, ...]:
+    """Real paths of what runs outside a jail: this interpreter's places and this package."""
+    return tuple(dict.fromkeys((*(real for real, _ in interpreter().paths), os.path.realpath(Path(__file__).parent))))
+
+
 def path_facts(manifest: Manifest) -> dict[str, PathFact]:
-    """Device and inode of every granted host path right now.
+    """Device and inode of every granted host path, and of our own code, right now.
 
     Raises ManifestError for one that has gone since the profile was resolved.
     """
@@ -68,6 +82,8 @@ def path_facts(manifest: Manifest) -> dict[str, PathFact]:
     paths = [path for path in (*filesystem.read, *filesystem.write) if path.startswith("/")]
     if filesystem.workspace:
         paths.append(filesystem.workspace)
+    writable = tuple(f"{path}/" for path in (*filesystem.write, filesystem.workspace) if path.startswith("/"))
+    paths += [path for path in own_code() if path.startswith(writable)]
     return {path: _fact(path) for path in paths}
 
 
@@ -115,7 +131,9 @@ def surroundings(manifest: Manifest, spec: CallSpec, state: Path, extra_env: Map
         python_paths=python.paths,
         runtime_files=runtime_files,
         search_path=python.search,
-        hidden=(os.path.realpath(state),),
+        # Where records are usually kept, too: those there are another supervisor's.
+        hidden=tuple(dict.fromkeys(os.path.realpath(path) for path in (state, usual_state_dir()))),
+        own_code=own_code(),
         terminal_rows=rows,
         terminal_columns=columns,
     )

@@ -92,6 +92,11 @@ def grants(launch: Launch, args: dict[str, Any]) -> None:
         _bind_grant(launch, grant["host_path"], grant["jail_path"], attributes, grant)
 
 
+def inner_grants(launch: Launch, args: dict[str, Any]) -> None:
+    """Those that lie below the workspace, which would cover them if they came first."""
+    grants(launch, args)
+
+
 def workspace(launch: Launch, args: dict[str, Any]) -> None:
     """The workspace: private, the host's directory (rw, ro), or a writable layer over it (cow)."""
     mode, jail_path = args["mode"], args["jail_path"]
@@ -138,6 +143,7 @@ STEPS = {
         devices,
         grants,
         workspace,
+        inner_grants,
         cover.deny,
         proc_seed,
         enter_root,

@@ -29,8 +29,11 @@ _ID_SHAPE = re.compile(r"[0-9a-zA-Z_.-]{1,64}")
 def state_dir(explicit: str | Path | None = None) -> Path:
     """The state directory: `explicit`, else `$SANDBOX_STATE`, else `$XDG_STATE_HOME/sandbox`, else under the home."""
     chosen = explicit or os.environ.get("SANDBOX_STATE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
+    return Path(chosen).expanduser().absolute() if chosen else usual_state_dir()
+
+
+def usual_state_dir() -> Path:
+    """Where records go when nobody says otherwise."""
     base = os.environ.get("XDG_STATE_HOME", "")
     # The XDG specification: a relative path is invalid and to be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "sandbox"
