@@ -114,6 +114,7 @@ def _real(low: float, high: float) -> Any:
 _List = (Field(max_length=ENTRIES_MAX), AfterValidator(_unique))
 Bytes = Annotated[int, _count(1, BYTES_MAX)]
 Seconds = Annotated[float, _real(0.001, SECONDS_MAX)]
+Connections = Annotated[int, _count(1, 1_000_000)]
 ReadGrants = Annotated[tuple[Annotated[str, AfterValidator(check_grant)], ...], *_List]
 WriteGrants = Annotated[tuple[Annotated[str, AfterValidator(_write_grant)], ...], *_List]
 Patterns = Annotated[tuple[Annotated[str, AfterValidator(check_pattern)], ...], *_List]
@@ -144,13 +145,26 @@ class Filesystem(_Section):
 
 
 class Network(_Section):
-    """Hosts by name and port. "none": not even a gateway is there."""
+    """Hosts by name and port. "none": not even a gateway is there.
+
+    The budgets count all flows of the call together; those named `host_…` hold for each host by itself. `on_breach`
+    says what else happens when one is crossed, beside the end of the flow: "kill" ends the call.
+    """
 
     mode: Literal["none", "allowlist"] = "none"
     allow: Hosts = ()
     deny: DeniedHosts = ()
     upload_max_bytes: Bytes | None = 16 * MIB
     download_max_bytes: Bytes | None = 256 * MIB
+    rate_bytes_per_s: Annotated[int, _count(1024, BYTES_MAX)] | None = None
+    connections_max: Connections | None = 4096
+    connections_at_once: Connections = 256
+    flow_time_s: Seconds | None = None
+    idle_time_s: Seconds | None = 300.0
+    host_upload_max_bytes: Bytes | None = None
+    host_download_max_bytes: Bytes | None = None
+    host_connections_max: Connections | None = None
+    on_breach: Literal["cut", "kill"] = "cut"
 
 
 class Resources(_Section):

@@ -44,8 +44,8 @@ class Seen:
     """What was observed of one call's end.
 
     `exit_status`: the tool's wait status, None when pid 1 never reported one. `stopped`: why the supervisor ended
-    the call (`wall_time`, `output`, `memory`, `cpu_time`, `caller`, `killed`, `revoked`), if it did. `step_failed`:
-    the launch step that failed with its errno. `exec_errno`: the program could not be executed.
+    the call (`wall_time`, `output`, `memory`, `cpu_time`, `network`, `gateway`, `caller`, `killed`, `revoked`), if it
+    did. `step_failed`: the launch step that failed with its errno. `exec_errno`: the program could not be executed.
     """
 
     exit_status: int | None = None
@@ -62,6 +62,7 @@ _LIMIT_TEXT = {
     "output": "more output than the limit allows",
     "memory": "more memory than the limit allows",
     "cpu_time": "the CPU time ran out",
+    "network": "more network traffic than the budgets allow",
 }
 
 
@@ -75,6 +76,9 @@ def classify(seen: Seen) -> Ending:
         return Ending(f"limit:{seen.stopped}", "tool", code, number, message=_LIMIT_TEXT[seen.stopped])
     if seen.stopped == "caller":
         return Ending("killed", "caller", code, number, message="the caller went away or cancelled the call")
+    if seen.stopped == "gateway":
+        message = "the egress gateway was lost, and the call with it: nothing passes without it"
+        return Ending("lost", "us", code, number, message=message)
     if seen.stopped == "revoked":
         return Ending("revoked", "caller", code, number, message="revoked while it ran")
     if seen.stopped:

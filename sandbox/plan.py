@@ -88,6 +88,7 @@ class LaunchPlan:
     """Everything a launcher needs, in order. `seccomp` names the policy; its bytes are compiled from it.
 
     `template`: what a process needs from which jails for this plan may be forked; None when each is built anew.
+    `egress`: what the gateway permits and how much; None when there is no network.
     """
 
     launcher: str
@@ -101,6 +102,7 @@ class LaunchPlan:
     isolation: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     template: Mapping[str, Any] | None = None
+    egress: Mapping[str, Any] | None = None
 
     def limit(self, control: str) -> Limit | None:
         """The limit of that name, or None when the manifest does not ask for it."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sandbox import planner_egress
 from sandbox.errors import Unenforceable
 from sandbox.host import Control, HostFacts, controls
 from sandbox.manifest import Manifest
@@ -130,7 +131,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     Raises Unenforceable naming every control that this host cannot hold and the manifest does not let go.
     """
     table = controls(facts)
-    limits = _limits(manifest, table)
+    limits = _limits(manifest, table, facts)
     _refuse_missing(manifest, limits, facts)
     affinity = _mechanism(limits, "cpus") == "cpu affinity"
     steps = (
@@ -147,6 +148,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
         tty=call.tty,
         template=_template(manifest, call, around),
+        egress=planner_egress.policy(manifest),
         seccomp={"name": "default", "deny_set_affinity": affinity},
         isolation={
             "launcher": "jail",
@@ -159,7 +161,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     )
 
 
-def _limits(manifest: Manifest, table: Mapping[str, Control]) -> tuple[Limit, ...]:
+def _limits(manifest: Manifest, table: Mapping[str, Control], facts: HostFacts) -> tuple[Limit, ...]:
     resources = manifest.resources
     asked: dict[str, int | float | str | None] = {
         "memory": resources.memory_bytes,
@@ -178,7 +180,10 @@ def _limits(manifest: Manifest, table: Mapping[str, Control]) -> tuple[Limit, ..
         "syscalls": "default",
         "gpu": manifest.gpu.count or len(manifest.gpu.devices),
     }
-    return tuple(_limit(name, value, table[name]) for name, value in asked.items() if value is not None)
+    limits = (_limit(name, value, table[name]) for name, value in asked.items() if value is not None)
+    return tuple(
+        planner_egress.limit(manifest, facts, limit) if limit.control == "network" else limit for limit in limits
+    )
 
 
 def _limit(name: str, value: int | float | str | None, control: Control) -> Limit:
@@ -201,8 +206,8 @@ def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFa
         strict = limit.control in isolation.required
         if limit.level != "full" and (strict or limit.control not in isolation.best_effort):
             missing[limit.control] = f"{limit.level} here: {limit.reason or limit.mechanism}"
-    if manifest.network.mode != "none" or manifest.network.allow:
-        missing["network"] = "an allowlist needs the egress gateway, which this version does not have yet"
+    if refusal := planner_egress.refusal(manifest, facts):
+        missing["network"] = refusal
     if manifest.gpu.count or manifest.gpu.devices:
         missing["gpu"] = "granting a GPU is not possible in this version yet"
     if isolation.launcher != "jail":
@@ -234,10 +239,11 @@ def _has_workspace(manifest: Manifest, call: CallSpec) -> bool:
 
 def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tuple[Step, ...]:
     scratch = Step("scratch", "view", _scratch(manifest, call))
+    etc_files = {"hostname": HOSTNAME, "home": HOME, "nameserver": planner_egress.nameserver(manifest)}
     steps = [
         Step("private_propagation", "view"),
         Step("new_root", "view", {"places": list(scratch.args["directories"])}),
-        Step("etc_files", "view", {"hostname": HOSTNAME, "home": HOME, "host_paths": list(ETC_PATHS)}),
+        Step("etc_files", "view", {**etc_files, "host_paths": list(ETC_PATHS)}),
         Step("devices", "view", {"nodes": list(DEVICE_NODES)}),
         # Before what may lie below a private place, such as an environment under /tmp.
         *(() if _is_general(manifest, call, around) else (scratch,)),
@@ -376,6 +382,7 @@ def _call_steps(
         Step("terminals", "call", terminal),
         Step("namespaces", "call"),
         Step("loopback", "call"),
+        *planner_egress.steps(manifest, facts),
         Step("hostname", "call", {"name": HOSTNAME}),
         Step("keyring", "call"),
     ]

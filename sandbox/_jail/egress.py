@@ -44,7 +44,7 @@ def egress(launch: Launch, args: dict[str, Any]) -> None:
         opened = [(_listener(family, port), f"tcp{port}") for family in families for port in args["ports"]]
         launch.notes.append("egress: no nf_tables here; only the ports that rules name are seen, others are refused")
     else:
-        netfilter.divert_tcp(args["port"])
+        netfilter.divert_tcp(args["port"], args["source_v4"], args["source_v6"])
         opened = [(_listener(family, args["port"], transparent=True), "tcp") for family in families]
     opened += [(_dns_socket(family), "dns") for family in families]
     names = [f"egress:{kind}:{index}" for index, (_, kind) in enumerate(opened)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def files(hostname: str, home: str) -> dict[str, str]:
-    """File name to content."""
+def files(hostname: str, home: str, nameserver: str) -> dict[str, str]:
+    """File name to content. `nameserver`: any address will do where the gateway answers, none answers elsewhere."""
     return {
         "passwd": f"root:x:0:0:root:/nonexistent:/usr/sbin/nologin\nuser:x:1000:1000:user:{home}:/bin/sh\n"
         "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
@@ -13,7 +13,7 @@ def files(hostname: str, home: str) -> dict[str, str]:
         "hostname": f"{hostname}\n",
         "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\n"
         "protocols: files\nservices: files\n",
-        "resolv.conf": "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
+        "resolv.conf": f"nameserver {nameserver}\noptions timeout:2 attempts:2\n",
         "shells": "/bin/sh\n/bin/bash\n",
         # The machine's own id would tell one host from another, across calls and tenants.
         "machine-id": "00000000000000000000000000000000\n",

@@ -19,7 +19,7 @@ import stat
 import struct
 import termios
 
-from sandbox._jail import places
+from sandbox._jail import egress, places
 from sandbox._jail.launch import INSIDE_ID, report_failure
 from sandbox._linux import landlock, mounts, process, seccomp, syscalls, wire
 
@@ -204,6 +204,7 @@ STEPS = {
     "hostname": hostname,
     "keyring": keyring,
     "affinity": affinity,
+    "egress": egress.egress,
     "rlimits": rlimits,
     "capabilities": capabilities,
     "no_new_privs": no_new_privs,

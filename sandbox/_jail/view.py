@@ -65,7 +65,7 @@ def etc_files(launch: Launch, args: dict[str, Any]) -> None:
     """The few files of /etc that programs need: some written for the jail, some of the host's own."""
     directory = f"{launch.root}/etc"
     os.makedirs(directory, exist_ok=True)
-    for name, text in etc.files(args["hostname"], args["home"]).items():
+    for name, text in etc.files(args["hostname"], args["home"], args["nameserver"]).items():
         with open(f"{directory}/{name}", "w", encoding="utf-8") as file:
             file.write(text)
     for path in args["host_paths"]:

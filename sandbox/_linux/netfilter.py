@@ -5,8 +5,8 @@
     table inet sandbox {
         chain egress {
             type filter hook prerouting priority mangle; policy accept;
-            meta nfproto ipv4 meta l4proto tcp ip daddr != 127.0.0.0/8 tproxy ip to :PORT
-            meta nfproto ipv6 meta l4proto tcp ip6 daddr != ::1 tproxy ip6 to :PORT
+            meta nfproto ipv4 meta l4proto tcp ip daddr != 127.0.0.0/8 ip daddr != OWN tproxy ip to :PORT
+            meta nfproto ipv6 meta l4proto tcp ip6 daddr != ::1 ip6 daddr != OWN tproxy ip6 to :PORT
         }
     }
 
@@ -47,16 +47,20 @@ TABLE = b"sandbox\0"
 CHAIN = b"egress\0"
 
 
-def divert_tcp(port: int) -> None:
+def divert_tcp(port: int, own_v4: str, own_v6: str) -> None:
     """Install the ruleset in the current network namespace. Needs CAP_NET_ADMIN there.
+
+    `own_v4`, `own_v6`: addresses of the namespace itself, at which its programs reach each other.
 
     Raises OSError: ENOENT or EOPNOTSUPP where the kernel has no nf_tables or no TPROXY.
     """
     with netlink.open_socket(netlink.NETLINK_NETFILTER) as sock:
-        netlink.request(sock, _batch(port), 4, "nf_tables")
+        own = {_NFPROTO_IPV4: socket.inet_pton(socket.AF_INET, own_v4)}
+        own[_NFPROTO_IPV6] = socket.inet_pton(socket.AF_INET6, own_v6)
+        netlink.request(sock, _batch(port, own), 4, "nf_tables")
 
 
-def _batch(port: int) -> bytes:
+def _batch(port: int, own: dict[int, bytes]) -> bytes:
     table = netlink.attribute(1, TABLE)
     hook = _nested(4, _u32(1, _HOOK_PREROUTING) + _i32(2, _PRIORITY_MANGLE))
     chain = (
@@ -70,13 +74,13 @@ def _batch(port: int) -> bytes:
         _control(_BATCH_BEGIN, 0)
         + _message(_NEWTABLE, netlink.NLM_F_CREATE, 1, table)
         + _message(_NEWCHAIN, netlink.NLM_F_CREATE, 2, chain)
-        + _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, 3, _rule(_NFPROTO_IPV4, port))
-        + _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, 4, _rule(_NFPROTO_IPV6, port))
+        + _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, 3, _rule(_NFPROTO_IPV4, port, own))
+        + _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, 4, _rule(_NFPROTO_IPV6, port, own))
         + _control(_BATCH_END, 5)
     )
 
 
-def _rule(family: int, port: int) -> bytes:
+def _rule(family: int, port: int, own: dict[int, bytes]) -> bytes:
     """Only the first byte is looked at for IPv4: 127.0.0.0/8 is the tool's own loopback."""
     offset, loopback = (16, b"\x7f") if family == _NFPROTO_IPV4 else (24, bytes(15) + b"\x01")
     expressions = (
@@ -84,14 +88,19 @@ def _rule(family: int, port: int) -> bytes:
         + _compare(_EQUAL, bytes((family,)))
         + _expression(b"meta", _u32(1, _REGISTER) + _u32(2, _META_L4PROTO))
         + _compare(_EQUAL, bytes((socket.IPPROTO_TCP,)))
-        + _expression(
-            b"payload", _u32(1, _REGISTER) + _u32(2, _NETWORK_HEADER) + _u32(3, offset) + _u32(4, len(loopback))
-        )
+        + _load_destination(offset, len(loopback))
         + _compare(_NOT_EQUAL, loopback)
+        + _load_destination(offset, len(own[family]))
+        + _compare(_NOT_EQUAL, own[family])
         + _expression(b"immediate", _u32(1, _REGISTER) + _nested(2, netlink.attribute(1, struct.pack(">H", port))))
         + _expression(b"tproxy", _u32(1, family) + _u32(3, _REGISTER))
     )
     return netlink.attribute(1, TABLE) + netlink.attribute(2, CHAIN) + _nested(4, expressions)
+
+
+def _load_destination(offset: int, size: int) -> bytes:
+    data = _u32(1, _REGISTER) + _u32(2, _NETWORK_HEADER) + _u32(3, offset) + _u32(4, size)
+    return _expression(b"payload", data)
 
 
 def _expression(name: bytes, data: bytes) -> bytes:

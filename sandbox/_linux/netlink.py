@@ -5,7 +5,6 @@ One socket, one sendmsg for a whole batch, one acknowledgement a message. Only w
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import struct
@@ -49,8 +48,8 @@ def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
 
 def add_local_address(address: str, sequence: int = 1) -> bytes:
     """A request that gives `lo` one more address."""
-    packed = ipaddress.ip_address(address).packed
-    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    packed = socket.inet_pton(family, address)
     flags = _IFA_F_NODAD if family == socket.AF_INET6 else 0
     body = struct.pack("=BBBBI", family, 8 * len(packed), flags, 0, _LO_INDEX)
     body += attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed)
@@ -59,9 +58,8 @@ def add_local_address(address: str, sequence: int = 1) -> bytes:
 
 def add_local_default_route(source: str, sequence: int = 1) -> bytes:
     """A request that makes every address of the family of `source` local, reached from `source`."""
-    packed = ipaddress.ip_address(source).packed
-    is_v4 = len(packed) == 4
-    family, scope = (socket.AF_INET, _RT_SCOPE_HOST) if is_v4 else (socket.AF_INET6, 0)
+    family, scope = (socket.AF_INET6, 0) if ":" in source else (socket.AF_INET, _RT_SCOPE_HOST)
+    packed = socket.inet_pton(family, source)
     body = struct.pack("=8BI", family, 0, 0, 0, _RT_TABLE_LOCAL, _RTPROT_STATIC, scope, _RTN_LOCAL, 0)
     body += attribute(_RTA_OIF, struct.pack("=I", _LO_INDEX)) + attribute(_RTA_PREFSRC, packed)
     return message(_RTM_NEWROUTE, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, sequence, body)
@@ -117,6 +115,7 @@ def _addresses(attributes: bytes) -> list[str]:
     while len(attributes) >= 4:
         size, kind = struct.unpack_from("=HH", attributes)
         if kind in (_IFA_ADDRESS, _IFA_LOCAL) and size in (8, 20):
-            found.append(str(ipaddress.ip_address(attributes[4:size])))
+            family = socket.AF_INET if size == 8 else socket.AF_INET6
+            found.append(socket.inet_ntop(family, attributes[4:size]))
         attributes = attributes[(max(size, 4) + 3) & ~3 :]
     return found

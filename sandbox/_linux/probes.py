@@ -18,7 +18,7 @@ import select
 import signal
 import time
 
-from sandbox._linux import mounts, process, syscalls
+from sandbox._linux import mounts, netfilter, process, syscalls
 
 JAIL_ID = 1000
 UNPRIVILEGED_ID = 65534
@@ -73,8 +73,8 @@ def _exists(name: str, nr: int, *args: int) -> bool:
 def try_features(*, as_root: bool) -> dict[str, object]:
     """Run the trials. A trial that could not be reached is absent.
 
-    0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `proc`, `nproc`, `idmap` (root only).
-    `libseccomp` is a version or empty, `nvml` says whether the library loads.
+    0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `proc`, `nproc`, `tproxy`, `idmap`
+    (root only). `libseccomp` is a version or empty, `nvml` says whether the library loads.
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -181,6 +181,8 @@ def _run_inside(write_fd: int, ready_write: int, mapped_read: int) -> None:
         os.setresuid(JAIL_ID, JAIL_ID, JAIL_ID)
         process.die_with_parent()  # a change of uid clears it
         works = {name: _attempt(write_fd, name, syscalls.unshare, flag) for name, flag in NAMESPACES.items()}
+        if works["net"]:
+            _attempt(write_fd, "tproxy", netfilter.divert_tcp, 1, "198.18.0.1", "2001:2::1")
         if works["mount"]:
             mounts.make_private()
             place = next((name for name in _PLACES if os.path.isdir(name)), "/")

@@ -53,6 +53,7 @@ class HostFacts:
     overlay_in_userns: Feature = _UNKNOWN
     idmapped_mounts: Feature = _UNKNOWN
     nproc_in_userns: Feature = _UNKNOWN
+    tproxy: Feature = _UNKNOWN
     cgroup_kind: str = "none"
     cgroup_path: str = ""
     cgroups: Mapping[str, CgroupControl] = field(default_factory=dict)
@@ -91,7 +92,14 @@ class HostFacts:
     def from_json(cls, data: Mapping[str, Any]) -> HostFacts:
         """Rebuild facts from `to_json`. Raises KeyError or TypeError on anything else: the sender is ours."""
         fields = dict(data)
-        for name in ("user_namespaces", "proc_mount", "overlay_in_userns", "idmapped_mounts", "nproc_in_userns"):
+        for name in (
+            "user_namespaces",
+            "proc_mount",
+            "overlay_in_userns",
+            "idmapped_mounts",
+            "nproc_in_userns",
+            "tproxy",
+        ):
             fields[name] = Feature(**data[name])
         fields["systemd_user"] = Feature(**data["systemd_user"])
         fields["namespaces"] = {name: Feature(**feature) for name, feature in data["namespaces"].items()}

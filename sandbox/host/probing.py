@@ -52,6 +52,7 @@ def probe() -> HostFacts:
         overlay_in_userns=_feature(results, "overlay", "mount overlay", userns),
         idmapped_mounts=_idmap(results, userns, is_root_like=is_root_like),
         nproc_in_userns=_nproc(results, userns),
+        tproxy=_feature(results, "tproxy", "nf_tables with tproxy", userns),
         cgroup_kind=layout.kind,
         cgroup_path=_own_path(layout),
         cgroups={name: _cgroup_control(layout, name) for name in cgroup.CONTROLS},

@@ -20,6 +20,7 @@ from sandbox.launchers.jail import Jail
 from sandbox.outcome import Seen
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
+from sandbox.supervisor.egress import CallEgress
 from sandbox.supervisor.pump import Budget, InputPump, OutputPump
 
 POLL_S = 0.05
@@ -42,6 +43,7 @@ class Call:
         self.polled_peak_bytes = 0
         self.polled_cpu_s = 0.0
         self.reaction_s: float | None = None
+        self.egress: CallEgress | None = None
         self._loop = asyncio.get_running_loop()
         self._input: InputPump | None = None
         output = plan.limit("output")
@@ -99,6 +101,8 @@ class Call:
 
     def _go(self) -> None:
         """Make the pipes, hand their far ends over, keep ours."""
+        if self.egress is not None:
+            self.egress.attach(self.jail.fds)
         ends: dict[str, int] = {}
         with contextlib.ExitStack() as stack:
             for name in ("stdout", "stderr", "result"):

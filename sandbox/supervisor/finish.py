@@ -52,7 +52,10 @@ async def gather(
         output[f"{key}_bytes"] = pump.total_bytes
         output["truncated"] = bool(output.get("truncated")) or pump.truncated
         gathered.sections[key] = bytes(pump.kept)
-    stats = call.stats()
+    stats: dict[str, Any] = call.stats()
+    journal = await call.egress.finish() if call.egress is not None else None
+    if journal is not None:
+        stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
     isolation: dict[str, Any] = {"applied": call.jail.steps_applied, "notes": call.jail.notes}
     if call.jail.group is not None:
         isolation["cgroup"] = call.jail.group.name
@@ -64,12 +67,14 @@ async def gather(
     gathered.closing = replace(
         gathered.closing,
         usage=stats,
+    gathered.extra["denials"] += journal["denials"] if journal is not None else []
         output=output,
         captured=captured,
         isolation=isolation,
         files=left.files,
         decisions=left.decisions,
     )
+        network=journal["items"] if journal is not None else None,
     return gathered
 
 

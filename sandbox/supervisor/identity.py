@@ -38,15 +38,28 @@ def choose_range(ranges: list[tuple[int, int]]) -> tuple[int, int] | None:
     return first + length // 2, min(usable, RANGE)
 
 
+def gateway_uid() -> int | None:
+    """A uid for the egress gateway, from the block that no jail gets; None for an ordinary user."""
+    chosen = _chosen_range()
+    if chosen is None:
+        return None
+    first, length = chosen
+    return first + (length // BLOCK - 1) * BLOCK + os.getpid() % BLOCK
+
+
 def host_uids() -> Iterator[int] | None:
     """An endless supply of blocks of BLOCK uids for jails, by their first uid; None for an ordinary user."""
-    if os.geteuid() != 0:
-        return None
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        chosen = choose_range(mapped_ranges(file.read()))
+    chosen = _chosen_range()
     if chosen is None:
         return None
     first, length = chosen
     # Not from the start each time: two supervisors at once should not hand out the same uids in the same order.
-    blocks = length // BLOCK
+    blocks = length // BLOCK - 1
     return (first + (os.getpid() * 16 + index) % blocks * BLOCK for index in itertools.count())
+
+
+def _chosen_range() -> tuple[int, int] | None:
+    if os.geteuid() != 0:
+        return None
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return choose_range(mapped_ranges(file.read()))

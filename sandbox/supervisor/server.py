@@ -31,6 +31,7 @@ from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
+from sandbox.supervisor.egress import CallEgress, Egress
 from sandbox.supervisor.pool import Pool
 from sandbox.supervisor.work import Work
 
@@ -53,6 +54,7 @@ class Supervisor:
         self._closing = asyncio.Event()
         self._tree: cgroup.Tree | None = None
         self._pool: Pool
+        self._egress = Egress()
         self.chain: Chain = Store(state).open_chain("supervisor")
         self.host = {
             "id": os.uname().nodename,
@@ -105,6 +107,7 @@ class Supervisor:
             call.stop("caller")
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
+        self._egress.close()
         self._pool.close()
         if self._tree is not None:
             self._tree.close()
@@ -191,6 +194,8 @@ class Supervisor:
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
+            if plan.egress is not None:
+                call.egress = CallEgress(call_id, plan.egress, self._egress, call.stop)
             ending = await self._run_launched(call, reply, plan)
         except (OSError, SandboxError) as error:
             ending = Ending("launch_error", "host", error_type=type(error).__name__, message=str(error))
