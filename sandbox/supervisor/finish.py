@@ -59,22 +59,25 @@ async def gather(
     isolation: dict[str, Any] = {"applied": call.jail.steps_applied, "notes": call.jail.notes}
     if call.jail.group is not None:
         isolation["cgroup"] = call.jail.group.name
-    left = await asyncio.to_thread(work.after, call.jail.fds, own_user_namespace=own_user_namespace)
+    if work.is_quick:
+        left = work.after(call.jail.fds, own_user_namespace=own_user_namespace)
+    else:
+        left = await asyncio.to_thread(work.after, call.jail.fds, own_user_namespace=own_user_namespace)
     captured = {name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()}
     gathered.sections.update({f"file:{path}": data for path, data in left.collected.items()})
     gathered.extra["changes"] = left.changes
     gathered.extra["denials"] = [f"{item['subject']}: {item['reason']}" for item in left.decisions]
+    gathered.extra["denials"] += journal["denials"] if journal is not None else []
     gathered.closing = replace(
         gathered.closing,
         usage=stats,
-    gathered.extra["denials"] += journal["denials"] if journal is not None else []
         output=output,
         captured=captured,
         isolation=isolation,
+        network=journal["items"] if journal is not None else None,
         files=left.files,
         decisions=left.decisions,
     )
-        network=journal["items"] if journal is not None else None,
     return gathered
 
 

@@ -49,6 +49,11 @@ class Work:
     def mode(self) -> str:
         return str(self._step.get("mode", "private"))
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether `after` has at most LISTED_MAX names to look at: a thread would cost more than it saves."""
+        return self.mode == "private" and not self._patterns
+
     def before(self) -> LaunchPlan:
         """The plan to launch. A writable host directory is looked through first, and what is protected in it named.
 
