@@ -7,9 +7,13 @@ processes import `sandbox._jail` and `sandbox._linux` through here without pulli
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+# Not from typing: the jail's processes come through here, and every page that they load is copied at each fork.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from sandbox.codec import CodecError
     from sandbox.context import CallContext, call_context
     from sandbox.errors import (

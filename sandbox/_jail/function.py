@@ -6,6 +6,7 @@ tool does to itself can hide or forge it; what it forked and left behind dies wi
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -34,6 +35,7 @@ def run(launch: Launch) -> None:
     os.chdir(launch.call["cwd"])
     os.umask(0o022)
     _renew_randomness()
+    gc.enable()
     os._exit(runner.finish(request, result))
 
 

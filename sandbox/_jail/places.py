@@ -31,7 +31,8 @@ def scratch(launch: Launch, args: dict[str, Any], *, at: str, root: str, owner: 
         if os.geteuid() != owner:
             os.chown(path, owner, owner)
     for jail_path, name in args["directories"].items():
-        mounts.bind(f"{at}/{name}", root + jail_path, mounts.ATTR_NOSUID | mounts.ATTR_NODEV)
+        # A plain bind has the attributes of the mount that it shows a part of: nosuid, nodev.
+        mounts.mount(f"{at}/{name}", root + jail_path, "none", mounts.MS_BIND)
     launch.out_fds["scratch"] = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if "/workspace" in args["directories"]:
         launch.out_fds["workspace"] = os.open(f"{at}/workspace", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -98,6 +98,7 @@ def _preload(launch: Launch, names: list[str]) -> None:
     # Children share these pages until somebody writes; a collection would write to all of them (gc.freeze).
     gc.collect()
     gc.freeze()
+    gc.disable()
     # Threads that a library started are not in the child; the library's own fork handlers deal with that.
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 
 _NUMBERS = {"x86_64": 317, "aarch64": 277}
 
@@ -114,9 +113,9 @@ def _takes(operation: int, flags: int, argument: object) -> bool:
 
 
 def _call(name: str, operation: int, flags: int, argument: object) -> int:
-    number = _NUMBERS.get(platform.machine())
+    number = _NUMBERS.get(os.uname().machine)
     if number is None:
-        raise OSError(errno.ENOSYS, f"{name}: unknown architecture {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"{name}: unknown architecture {os.uname().machine}")
     ctypes.set_errno(0)
     result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_uint(operation), ctypes.c_uint(flags), argument)
     if result == -1:

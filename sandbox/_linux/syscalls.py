@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 
 # PyDLL keeps the GIL during the call. clone3 returns twice: a child that had to take the GIL back could wait for ever.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -48,9 +47,9 @@ CLOSE_RANGE_CLOEXEC = 4
 
 def number(name: str) -> int:
     """The number of an older system call on this machine. Raises OSError (ENOSYS) on an unknown architecture."""
-    table = _NUMBERS.get(platform.machine())
+    table = _NUMBERS.get(os.uname().machine)
     if table is None:
-        raise OSError(38, f"{name}: unknown architecture {platform.machine()}")
+        raise OSError(38, f"{name}: unknown architecture {os.uname().machine}")
     return table[name]
 
 
