@@ -283,6 +283,7 @@ class Sandbox:
     def _submit(self, job: Job, fds: Mapping[str, int]) -> Pending:
         """Hand the call over. A refusal gets its record first, then it is raised with it."""
         link = self._live_link()
+        link.facts()  # a supervisor that died is started anew here, before anything is left out that it has not had
         ask: dict[str, Any] = {
             "call": prepare.call_data(job.spec),
             "principal": prepare.principal(os.getpid()),

@@ -26,7 +26,7 @@ from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
 from sandbox.audit.recover import recover
 from sandbox.audit.store import Store
-from sandbox.errors import AuditError, SandboxError
+from sandbox.errors import AuditError, CallLost, SandboxError
 from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
@@ -135,9 +135,9 @@ class Supervisor:
         reply.setblocking(False)
         try:
             with _claimed(fds, "ask") as ask_fd:
-                ask = self._completed(json.loads(wire.read_memfd(ask_fd)))
+                ask = json.loads(wire.read_memfd(ask_fd))
             try:
-                await self._run_call(reply, ask, fds)
+                await self._run_call(reply, self._completed(ask), fds)
             except SandboxError as error:
                 _answer_error(reply, error)
         finally:
@@ -154,6 +154,8 @@ class Supervisor:
                 continue
             if name in ask:
                 self._known[name, key] = LaunchPlan.from_json(ask[name]) if name == "plan" else ask[name]
+            elif (name, key) not in self._known:
+                raise CallLost("the supervisor that knew this kind of call died before it could be handed over")
             ask[name] = self._known[name, key]
         return ask
 

