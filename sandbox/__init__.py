@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SandboxError,
         ToolFailed,
         Unenforceable,
+        WorkspaceError,
     )
     from sandbox.manifest import Manifest
     from sandbox.outcome import Outcome
@@ -69,6 +70,7 @@ _HOMES = {
             "SandboxError",
             "ToolFailed",
             "Unenforceable",
+            "WorkspaceError",
         ),
         "errors",
     ),
@@ -96,6 +98,7 @@ __all__ = [
     "SandboxError",
     "ToolFailed",
     "Unenforceable",
+    "WorkspaceError",
     "__version__",
     "call_context",
     "resolve",

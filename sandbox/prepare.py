@@ -26,6 +26,7 @@ from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings
+from sandbox.workspace.protected import check_allow
 
 LIB = "/run/sandbox/lib"
 SITE = "/run/sandbox/site"
@@ -103,7 +104,12 @@ def _fact(path: str) -> PathFact:
 
 
 def workspace(manifest: Manifest) -> Workspace:
+    """The workspace that the manifest names. Raises ManifestError for an `allow_protected` that grants nothing."""
     filesystem = manifest.filesystem
+    try:
+        check_allow(filesystem.allow_protected)
+    except ValueError as error:
+        raise ManifestError(str(error), where="filesystem.allow_protected") from error
     if not filesystem.workspace:
         return Workspace()
     mode = filesystem.workspace_mode

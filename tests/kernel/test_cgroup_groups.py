@@ -55,7 +55,11 @@ def wait_until(condition, timeout_s: float = 10.0) -> bool:
 def groups_on_host(name: str) -> list[Path]:
     layout = cgroup.detect()
     trees = [*layout.v1.values(), *([layout.v2] if layout.v2 else [])]
-    return [path for mount in {tree.mount_point for tree in trees} for path in Path(mount).rglob(name)]
+    # os.walk, since other tests' groups come and go meanwhile, which rglob takes for an error.
+    found = []
+    for mount in {hierarchy.mount_point for hierarchy in trees}:
+        found += [Path(root) / name for root, names, _ in os.walk(mount) if name in names]
+    return found
 
 
 @pytest.mark.parametrize("code", [STUBBORN_TREE, FORK_STORM], ids=["daemons", "fork storm"])
