@@ -12,9 +12,10 @@ from typing import Final
 
 # The second level that registries of countries use: `co.uk`, `com.br`, `ac.jp`, `or.kr`, `gov.in`.
 _SECOND_LEVEL_TEXT: Final = """
-    ac asn asso co com conf ed edu ernet firm gc ge gen go gob gos gouv gov gr gub gv hs id idv in ind inf info
-    int k12 kr ltd me mil mod muni my name ne net nhs nic nom nome nsn ny or org parl plc police pro pub re res rs sc
-    sch school sld tm tv web"""
+    ac art asn asso biz co com coop conf ed edu ernet firm gc ge gen go gob gos gouv gov gr gub gv hs id idv in ind
+    inf info int k12 kr ltd me med media mil mobi mod muni my name ne net nhs nic nom nome nsn ny or org parl plc
+    police press priv pro pub re res rs sc sch school shop sld store tm tv web
+"""
 # Country domains whose registry also hands out the third level below these words.
 _MORE_TEXT: Final = """
     eu.com us.com uk.com uk.net gb.net de.com jp.net jpn.com br.com cn.com ru.com sa.com za.com se.net eu.org

@@ -26,6 +26,7 @@ from typing import Any, Final
 from sandbox._linux import landlock, netlink, process, wire
 from sandbox.egress.addresses import Address
 from sandbox.egress.handlers import handlers
+from sandbox.egress.hello import quiet_about_names
 from sandbox.egress.resolver import Resolver
 from sandbox.egress.session import Session
 
@@ -201,6 +202,7 @@ def main(control_fd: int, uid: int) -> None:
     # What is imported late would be read with an unprivileged uid, perhaps from a directory that it may not enter.
     with contextlib.suppress(UnicodeError):
         "x".encode("idna")
+    quiet_about_names()
     _lock_down(uid)
     asyncio.run(_run(control, fds_max))
 

@@ -7,6 +7,7 @@ there. It reads hellos that come in pieces, over several records. Source: ssl, "
 from __future__ import annotations
 
 import ssl
+import sys
 from typing import Any, NamedTuple
 
 # OpenSSL takes hellos up to 128 KiB; honest ones have 200 bytes to 4 KiB, also with post-quantum key shares.
@@ -60,3 +61,17 @@ def hello_context() -> ssl.SSLContext:
     # The type stubs know only of callbacks that may return None.
     context.sni_callback = on_name
     return context
+
+
+def quiet_about_names() -> None:
+    """Say nothing on standard error about server names that are no ASCII: the call chooses them, and how many.
+
+    The ssl module cannot hand such a name to the callback; it refuses the handshake and reports past every `except`.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, UnicodeDecodeError):
+            usual(unraisable)
+
+    sys.unraisablehook = hook

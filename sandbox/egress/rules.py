@@ -84,7 +84,10 @@ class Rules:
         if denial := self._denial(address, port):
             return denial
         verdict = _decide(self._networks.matching(address), port, LITERAL)
-        return self._check_closed(address, port, own, verdict) if verdict.allowed else verdict
+        if verdict.allowed:
+            return self._check_closed(address, port, own, verdict)
+        kinds = [_describe(reason, address) for reason in closed(address, own)]
+        return verdict._replace(detail=verdict.detail or ", ".join(kinds))
 
     def judge_resolved(self, address: Address, port: int, own: Set[Address], verdict: Verdict) -> Verdict:
         """May a connection that `verdict` allowed by name go to this address, which the name resolved to?"""
@@ -120,7 +123,7 @@ class Rules:
 
 def _describe(reason: Closed, address: Address) -> str:
     words = {"own": "one of this host's own addresses", "metadata": "a metadata service"}
-    text = words.get(reason.kind, f"{reason.kind}")
+    text = words.get(reason.kind, reason.kind)
     return text if reason.address == address else f"{text} inside ({reason.address})"
 
 

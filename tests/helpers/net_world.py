@@ -31,11 +31,8 @@ class WorldFailed(AssertionError):
     """The body failed inside; the text is its traceback."""
 
 
-def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None, *, user: bool = False) -> Any:
-    """Run `body` in a world where `hosts` (name to address) resolve; returns its answer (JSON data).
-
-    `user`: as an ordinary user, also when the tests run as root.
-    """
+def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None) -> Any:
+    """Run `body` in a world where `hosts` (name to address) resolve; returns its answer (JSON data)."""
     read_fd, write_fd = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -44,7 +41,7 @@ def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None
         pid = os.fork()
         if pid == 0:
             os.close(read_fd)
-            _enter(body, write_fd, hosts or {}, Path(directory), user=user)
+            _enter(body, write_fd, hosts or {}, Path(directory))
         os.close(write_fd)
         with open(read_fd, "rb") as file:
             text = file.read()
@@ -57,12 +54,12 @@ def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None
     return answer["answer"]
 
 
-def _enter(body: Callable[[], Any], write_fd: int, hosts: Mapping[str, str], directory: Path, *, user: bool) -> None:
+def _enter(body: Callable[[], Any], write_fd: int, hosts: Mapping[str, str], directory: Path) -> None:
     code = 1
     try:
         process.die_with_parent()
         signal.alarm(LIFETIME_S)
-        _make(hosts, directory, user=user)
+        _make(hosts, directory)
         answer: dict[str, Any] = {"answer": body()}
         code = 0
     except BaseException:  # noqa: BLE001 - shown by the process outside, which fails with it
@@ -71,7 +68,7 @@ def _enter(body: Callable[[], Any], write_fd: int, hosts: Mapping[str, str], dir
     os._exit(code)
 
 
-def _make(hosts: Mapping[str, str], directory: Path, *, user: bool) -> None:
+def _make(hosts: Mapping[str, str], directory: Path) -> None:
     if os.geteuid() == 0:
         syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWNET)
     else:
@@ -84,14 +81,16 @@ def _make(hosts: Mapping[str, str], directory: Path, *, user: bool) -> None:
     with netlink.open_socket(netlink.NETLINK_ROUTE) as sock:
         netlink.request(sock, netlink.add_local_default_route("127.0.0.1"), 1, "route")
         netlink.request(sock, netlink.add_local_default_route("::1"), 1, "route")
-    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, addresses in hosts.items() for address in addresses.split())]
-    for name, text in (("hosts", "\n".join(lines) + "\n"), ("resolv.conf", "nameserver 127.0.0.54\noptions timeout:1\n")):
+    lines = [
+        "127.0.0.1 localhost",
+        *(f"{address} {name}" for name, addresses in hosts.items() for address in addresses.split()),
+    ]
+    for name, text in (
+        ("hosts", "\n".join(lines) + "\n"),
+        ("resolv.conf", "nameserver 127.0.0.54\noptions timeout:1\n"),
+    ):
         (directory / name).write_text(text)
         mounts.bind(str(directory / name), os.path.realpath(f"/etc/{name}"), 0)
-    if user and os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(61234, 61234, 61234)
-        os.setresuid(61234, 61234, 61234)
     os.environ["SANDBOX_STATE"] = tempfile.mkdtemp(prefix="state-", dir="/tmp")
 
 
