@@ -15,6 +15,7 @@ import fnmatch
 import os
 import stat
 
+from sandbox._jail import inside
 from sandbox._linux import mounts
 
 TYPE_CHECKING = False
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 DIRECTORY = "/run/sandbox/denied-directory"
 FILE = "/run/sandbox/denied-file"
 _ATTRIBUTES = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV | mounts.ATTR_NOEXEC
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def make_covers(launch: Launch) -> None:
@@ -55,27 +55,15 @@ class _Finder:
 
     def __init__(self, launch: Launch, args: dict[str, Any]) -> None:
         self.found: dict[str, tuple[int, int]] = {}
-        self.root = os.open(launch.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.root = inside.open_root(launch.root)
         self._prefix = launch.root
         self._trees = args["trees"]
         self._patterns = args["patterns"]
         self._entries_left = int(args["entries_max"])
 
-    def open(self, path: str, *, follow: bool) -> int | None:
-        """What `path` means inside, or None where it means nothing."""
-        resolve = mounts.RESOLVE_IN_ROOT | mounts.RESOLVE_NO_MAGICLINKS
-        if not follow:
-            resolve |= mounts.RESOLVE_NO_SYMLINKS
-        try:
-            return mounts.open_path(path, resolve, self.root, follow=follow)
-        except OSError as error:
-            if error.errno in _NOT_THERE:
-                return None
-            raise
-
     def note(self, path: str, *, only_granted: bool = False) -> None:
         """Remember what `path` leads to. `only_granted`: links planted in a tree must not cover the system view."""
-        fd = self.open(path, follow=True)
+        fd = inside.open_place(self.root, path, follow=True)
         if fd is None:
             return
         try:
@@ -109,7 +97,7 @@ class _Finder:
                     pending.append(path)
 
     def _list(self, directory: str) -> list[tuple[str, str]]:
-        path_fd = self.open(directory, follow=False)
+        path_fd = inside.open_place(self.root, directory, follow=False)
         if path_fd is None:
             return []
         try:
@@ -141,7 +129,7 @@ def _pin(finder: _Finder, paths: list[str], writable: list[str]) -> None:
                 parts = path[len(tree) + 1 :].split("/")[:-1]
                 pins.update(f"{tree}/{'/'.join(parts[: count + 1])}" for count in range(len(parts)))
     for path in sorted(pins, key=lambda pin: pin.count("/")):
-        fd = finder.open(path, follow=False)
+        fd = inside.open_place(finder.root, path, follow=False)
         if fd is None:
             continue
         try:
@@ -155,14 +143,14 @@ def _pin(finder: _Finder, paths: list[str], writable: list[str]) -> None:
 
 
 def _cover(finder: _Finder, path: str, identity: tuple[int, int]) -> None:
-    fd = finder.open(path, follow=False)
+    fd = inside.open_place(finder.root, path, follow=False)
     if fd is None:
         return  # gone since it was found
     try:
         info = os.fstat(fd)
         if (info.st_dev, info.st_ino) != identity:
             raise OSError(errno.ESTALE, f"{path}: replaced while it was being covered")
-        source = finder.open(DIRECTORY if stat.S_ISDIR(info.st_mode) else FILE, follow=False)
+        source = inside.open_place(finder.root, DIRECTORY if stat.S_ISDIR(info.st_mode) else FILE, follow=False)
         assert source is not None
         try:
             tree_fd = mounts.clone_tree(source)

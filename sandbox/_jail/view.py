@@ -13,7 +13,7 @@ import os
 import signal
 import stat
 
-from sandbox._jail import cover, etc, places
+from sandbox._jail import cover, etc, inside, places
 from sandbox._linux import mounts, syscalls
 
 TYPE_CHECKING = False
@@ -103,17 +103,19 @@ def workspace(launch: Launch, args: dict[str, Any]) -> None:
     if mode == "private":
         return  # one of the private places
     if mode == "cow":
-        target = _mountpoint(launch, jail_path, directory=True)
-        _overlay(launch, args, target)
+        _overlay(launch, args)
     else:
-        attributes = WRITABLE if mode == "rw" else READ_ONLY
-        target = _bind_grant(launch, args["host_path"], jail_path, attributes, args)
+        _bind_grant(launch, args["host_path"], jail_path, WRITABLE if mode == "rw" else READ_ONLY, args)
+    fd = inside.make_place(launch, jail_path, directory=True)
+    try:
         for relative in args.get("protected", ()):
-            _protect(target, relative)
+            _protect(fd, relative)
+        launch.out_fds["workspace"] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
     if jail_path != "/workspace":
         with contextlib.suppress(FileExistsError):
             os.symlink(jail_path, f"{launch.root}/workspace")
-    launch.out_fds["workspace"] = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def proc_seed(launch: Launch, _args: dict[str, Any]) -> None:
@@ -185,28 +187,15 @@ def _copy(launch: Launch, path: str) -> None:
         file.write(data)
 
 
-def _mountpoint(launch: Launch, jail_path: str, *, directory: bool) -> str:
-    """Make the place to mount on. The root is ours alone until the jail is born, so plain paths do."""
-    target: str = launch.root + jail_path
-    if directory:
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if not os.path.lexists(target):
-            os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-    return target
-
-
 def _bind_grant(
     launch: Launch, host_path: str, jail_path: str, attributes: int, expected: dict[str, Any] | None = None
-) -> str:
+) -> None:
     """Bind one host path. `expected` holds the device and inode that the caller saw when it resolved the path."""
     fd = mounts.open_path(host_path)
     try:
         info = os.fstat(fd)
         if expected is not None and (info.st_dev, info.st_ino) != (expected["dev"], expected["ino"]):
             raise OSError(errno.ESTALE, f"{host_path}: replaced since it was resolved")
-        target = _mountpoint(launch, jail_path, directory=stat.S_ISDIR(info.st_mode))
         tree = mounts.clone_tree(fd)
     finally:
         os.close(fd)
@@ -214,10 +203,13 @@ def _bind_grant(
         if expected is not None and launch.host_uid is not None:
             _map_owner(launch, tree, host_path, must=not attributes & mounts.ATTR_RDONLY)
         mounts.set_attributes(tree, attributes)
-        mounts.attach(tree, target)
+        place = inside.make_place(launch, jail_path, directory=stat.S_ISDIR(info.st_mode))
+        try:
+            mounts.attach_at(tree, place)
+        finally:
+            os.close(place)
     finally:
         os.close(tree)
-    return target
 
 
 def _map_owner(launch: Launch, tree: int, host_path: str, *, must: bool) -> None:
@@ -258,7 +250,7 @@ def _idmap_namespace(outside: int, inside: int) -> int:
             os.close(fd)
 
 
-def _overlay(launch: Launch, args: dict[str, Any], target: str) -> None:
+def _overlay(launch: Launch, args: dict[str, Any]) -> None:
     """A writable layer on the scratch tmpfs over the host's directory, which is never written."""
     lower = f"{launch.mnt}/lower"
     _attach_lower(launch, args, lower)
@@ -269,12 +261,15 @@ def _overlay(launch: Launch, args: dict[str, Any], target: str) -> None:
     options = "lowerdir=lower,upperdir=scratch/upper,workdir=scratch/work,metacopy=off,index=off"
     # userxattr refuses redirect_dir=off (EINVAL, Linux 6.18) and means nofollow by itself: directories are copied too.
     options += ",userxattr" if launch.host_uid is None else ",redirect_dir=off"
+    place = inside.make_place(launch, args["jail_path"], directory=True)
     here = os.getcwd()
     os.chdir(launch.mnt)
     try:
-        mounts.mount("overlay", target, "overlay", mounts.MS_NOSUID | mounts.MS_NODEV, options)
+        flags = mounts.MS_NOSUID | mounts.MS_NODEV
+        mounts.mount("overlay", f"/proc/self/fd/{place}", "overlay", flags, options)
     finally:
         os.chdir(here)
+        os.close(place)
     upper = f"{launch.mnt}/scratch/upper"
     launch.out_fds["upper"] = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -297,18 +292,14 @@ def _attach_lower(launch: Launch, args: dict[str, Any], lower: str) -> None:
         os.close(tree)
 
 
-def _protect(target: str, relative: str) -> None:
+def _protect(workspace_fd: int, relative: str) -> None:
     """Make one entry of a writable workspace read-only. Gone since the scan: the sweep after the call sees to it."""
-    root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        resolve = mounts.RESOLVE_BENEATH | mounts.RESOLVE_NO_SYMLINKS
-        fd = mounts.open_path(relative, resolve, root)
+        fd = mounts.open_path(relative, mounts.RESOLVE_BENEATH | mounts.RESOLVE_NO_SYMLINKS, workspace_fd)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
             return
         raise
-    finally:
-        os.close(root)
     try:
         tree = mounts.clone_tree(fd)
         try:

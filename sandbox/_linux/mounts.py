@@ -77,7 +77,8 @@ def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1
 
     Another `resolve` may allow links on the way; `follow` allows one at the end too. Source: openat2(2), Linux 5.6.
     """
-    flags = os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    # With O_NOFOLLOW a link at the end is no error even to RESOLVE_NO_SYMLINKS: it would be opened itself.
+    flags = os.O_PATH | os.O_CLOEXEC | (0 if follow or resolve & RESOLVE_NO_SYMLINKS else os.O_NOFOLLOW)
     how = _OpenHow(flags=flags, mode=0, resolve=resolve)
     at = directory if directory >= 0 else syscalls.AT_FDCWD
     return syscalls.call(
