@@ -24,7 +24,7 @@ GROWTH_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """What one process holds."""
+    """What one process holds; -1 where it may not be known."""
 
     fds: int
     resident_bytes: int
@@ -36,10 +36,16 @@ def size_of(pid: int) -> Size:
     children = 0
     for task in os.listdir(f"/proc/{pid}/task"):
         children += len(Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    try:
+        fds = len(os.listdir(f"/proc/{pid}/fd"))
+        mounts = len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines())
+    except PermissionError:
+        # The supervisor is not dumpable: only root looks into it. Its memory and children can be seen all the same.
+        fds = mounts = -1
     return Size(
-        fds=len(os.listdir(f"/proc/{pid}/fd")),
+        fds=fds,
         resident_bytes=int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
-        mounts=len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines()),
+        mounts=mounts,
         children=children,
     )
 
