@@ -50,9 +50,9 @@ def read_text(path: str) -> str | None:
         while chunk := os.read(fd, _READ_SIZE):
             chunks.append(chunk)
     except OSError as err:
-        # ENODEV: the group was removed after the open. EOPNOTSUPP: the file has no meaning here
-        # (cgroup.procs of a threaded group).
-        if err.errno not in (errno.ENODEV, errno.EOPNOTSUPP):
+        # ENODEV: the group was removed after the open. ESRCH: the process of a /proc file ended after the open.
+        # EOPNOTSUPP: the file has no meaning here (cgroup.procs of a threaded group).
+        if err.errno not in (errno.ENODEV, errno.ESRCH, errno.EOPNOTSUPP):
             raise OSError(err.errno, err.strerror, path) from None
         return None
     finally:

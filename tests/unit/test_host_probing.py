@@ -131,6 +131,17 @@ def test_mountinfo_and_cgroup_files_are_parsed() -> None:
     assert (paths["cpu"], paths["cpuacct"], paths[""]) == ("/x", "/x", "/with:colon")
 
 
+def test_a_process_that_ends_while_its_file_is_read_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(fd: int, size: int) -> bytes:
+        raise ProcessLookupError(errno.ESRCH, "No such process")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cgroup_layout.os, "read", read)
+        gone = cgroup_layout.read_text("/proc/self/stat")
+    assert gone is None
+    assert cgroup_layout.read_text("/proc/self/stat")
+
+
 def test_root_needs_no_delegation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert delegation.delegation_prefix() == []
