@@ -240,6 +240,8 @@ def _start_tool(launch: Launch) -> int:
     """Start the tool. Raises OSError only for failures of ours; a program that cannot run is the tool's."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     os.umask(0o022)
+    # All are already, one by one. A single one that is not would put the status channel into the tool's hands.
+    syscalls.close_range(_STDIO_MAX + 1, 0xFFFFFFFF, syscalls.CLOSE_RANGE_CLOEXEC)
     try:
         os.chdir(launch.call["cwd"])
         pid = _fork_on_terminal(launch) if "terminal" in launch.fds else _spawn(launch)
@@ -255,7 +257,7 @@ def _start_tool(launch: Launch) -> int:
 
 
 def _spawn(launch: Launch) -> int:
-    """Start the tool by vfork, in which nothing of ours is copied: everything else of pid 1's is close-on-exec."""
+    """Start the tool by vfork, in which nothing of ours is copied."""
     actions: list[tuple[int, int, int]] = []
     # First out of the way of the low numbers, so that no dup2 overwrites a source that is still needed.
     sources = [*((launch.fds[name], number) for number, name in enumerate(STANDARD_FDS))]

@@ -9,9 +9,11 @@ import fcntl
 import json
 import os
 import socket
+import struct
 
 MESSAGE_MAX_BYTES = 128 * 1024
 FDS_MAX = 32
+_FD_BYTES = struct.calcsize("=i")
 
 
 def send(sock: socket.socket, message: dict[str, object], fds: tuple[int, ...] | list[int] = ()) -> None:
@@ -25,7 +27,10 @@ def send(sock: socket.socket, message: dict[str, object], fds: tuple[int, ...] |
 
 def receive(sock: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
     """The next message and its descriptors (close-on-exec); (None, []) when the other side has closed."""
-    data, fds, flags, _ = socket.recv_fds(sock, MESSAGE_MAX_BYTES, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+    # Not socket.recv_fds: it takes flags and drops them (Python 3.11). What is not close-on-exec ends up in the tool.
+    space = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
+    data, control, flags, _ = sock.recvmsg(MESSAGE_MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    fds = [fd for item in control for fd in _descriptors(*item)]
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for fd in fds:
             os.close(fd)
@@ -34,6 +39,13 @@ def receive(sock: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
         return None, []
     message: dict[str, object] = json.loads(data)
     return message, fds
+
+
+def _descriptors(level: int, kind: int, data: bytes) -> tuple[int, ...]:
+    if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        return ()
+    count = len(data) // _FD_BYTES
+    return struct.unpack(f"={count}i", data[: count * _FD_BYTES])
 
 
 def memfd(name: str, data: bytes) -> int:
