@@ -18,15 +18,16 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandbox.audit.store import usual_state_dir
-from sandbox.codec import EncodedCall, cloudpickle_directory, sandboxed_body
 from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings
-from sandbox.workspace.protected import check_allow
+
+if TYPE_CHECKING:
+    from sandbox.codec import EncodedCall
 
 LIB = "/run/sandbox/lib"
 SITE = "/run/sandbox/site"
@@ -106,14 +107,21 @@ def _fact(path: str) -> PathFact:
 def workspace(manifest: Manifest) -> Workspace:
     """The workspace that the manifest names. Raises ManifestError for an `allow_protected` that grants nothing."""
     filesystem = manifest.filesystem
-    try:
-        check_allow(filesystem.allow_protected)
-    except ValueError as error:
-        raise ManifestError(str(error), where="filesystem.allow_protected") from error
+    if filesystem.allow_protected:
+        _check_protected(filesystem.allow_protected)
     if not filesystem.workspace:
         return Workspace()
     mode = filesystem.workspace_mode
     return Workspace("rw" if mode == "private" else mode, filesystem.workspace, filesystem.workspace)
+
+
+def _check_protected(names: tuple[str, ...]) -> None:
+    from sandbox.workspace.protected import check_allow
+
+    try:
+        check_allow(names)
+    except ValueError as error:
+        raise ManifestError(str(error), where="filesystem.allow_protected") from error
 
 
 def allowed_environment(manifest: Manifest, source: Mapping[str, str]) -> dict[str, str]:
@@ -149,6 +157,8 @@ def surroundings(manifest: Manifest, spec: CallSpec, state: Path, extra_env: Map
 def function_files() -> tuple[tuple[str, str], ...]:
     """(host path, jail path) of the runner and of cloudpickle: all that a function call needs of ours inside."""
     code = os.path.realpath(_JAIL_CODE)
+    from sandbox.codec import cloudpickle_directory
+
     pickle_dir = os.path.realpath(f"{cloudpickle_directory()}/cloudpickle")
     package = os.path.dirname(code)
     ours = tuple(
@@ -171,6 +181,8 @@ def function_spec(spec: CallSpec, encoded: EncodedCall, *, capture_arguments: bo
 
 def preload_modules(func: Callable[..., Any], importable: Callable[[str], bool]) -> tuple[str, ...]:
     """The modules that a template should import for `func`: its own, those it refers to and those it imports."""
+    from sandbox.codec import sandboxed_body
+
     body = sandboxed_body(func) or func
     names = {"cloudpickle", body.__module__ or ""}
     pending = [body.__code__]

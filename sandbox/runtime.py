@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import json
@@ -23,7 +22,6 @@ from sandbox import prepare
 from sandbox._linux import wire
 from sandbox.audit.store import state_dir
 from sandbox.audit.view import Record
-from sandbox.codec import as_function, decode_reply, encode_call, granted_sys_path, importable_under, return_annotation
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.host import HostFacts
@@ -230,6 +228,8 @@ class Sandbox:
     def _function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CallContext | None
     ) -> Job:
+        from sandbox.codec import as_function, encode_call, granted_sys_path, return_annotation
+
         func = as_function(func)
         manifest = self._resolved.manifest
         granted = granted_sys_path(prepare.granted_directories(manifest))
@@ -312,6 +312,8 @@ class Sandbox:
         if self._live_link().is_started:
             pending = self._submit(job, {})
         else:
+            import asyncio
+
             pending = await asyncio.to_thread(self._submit, job, {})
         with pending:
             message = await _readable(pending)
@@ -336,6 +338,8 @@ def _context_fields(context: CallContext) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _importable(granted: tuple[str, ...]) -> Callable[[str], bool]:
+    from sandbox.codec import importable_under
+
     return importable_under([*prepare.interpreter().roots, *granted])
 
 
@@ -370,6 +374,8 @@ def _read_only(fd: int) -> int:
 
 
 async def _readable(pending: Pending) -> dict[str, Any]:
+    import asyncio
+
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
     loop.add_reader(pending.reply, event.set)
@@ -395,6 +401,8 @@ def outcome_of(job: Job, message: Mapping[str, Any]) -> Outcome:
     reply = sections.get("result", b"")
     if job.request is None or outcome.ending.kind not in ("ok", "tool_error") or (not reply and not outcome.ok):
         return outcome
+    from sandbox.codec import decode_reply
+
     try:
         return replace(outcome, value=decode_reply(reply, job.annotation))
     except ToolFailed as error:
