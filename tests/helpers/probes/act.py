@@ -24,8 +24,12 @@ LIBC.syscall.restype = ctypes.c_long
 
 def read(path, size=65536):
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    data = b""
     try:
-        return os.read(fd, size).decode("utf-8", "replace")
+        # Files of /proc come page by page.
+        while len(data) < size and (chunk := os.read(fd, size - len(data))):
+            data += chunk
+        return data.decode("utf-8", "replace")
     finally:
         os.close(fd)
 
