@@ -381,6 +381,7 @@ def _call_steps(
         Step("proc", "call", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
         Step("terminals", "call", terminal),
         Step("namespaces", "call"),
+        Step("queues", "call"),
         Step("loopback", "call"),
         *planner_egress.steps(manifest, facts),
         Step("hostname", "call", {"name": HOSTNAME}),
@@ -423,7 +424,7 @@ def _landlock_rules(manifest: Manifest, call: CallSpec) -> list[list[Any]]:
     """[path, accesses]: what the mounts grant, said a second time."""
     writable = ["read", "exec", "write"]
     rules: list[list[Any]] = [["/", ["read", "exec"]], ["/dev", ["write", "ioctl"]], ["/proc", ["write"]]]
-    rules += [[path, writable] for path in PRIVATE_PLACES]
+    rules += [[path, writable] for path in (*PRIVATE_PLACES, "/dev/mqueue")]
     rules += [[path, writable] for path, access in _granted_paths(manifest).items() if access == "write"]
     if _has_workspace(manifest, call) and call.workspace.mode != "ro":
         rules.append([call.workspace.jail_path, writable])

@@ -137,6 +137,12 @@ def terminals(launch: Launch, args: dict[str, Any]) -> None:
         launch.fds["terminal"] = slave
 
 
+def queues(_launch: Launch, _args: dict[str, Any]) -> None:
+    """The POSIX message queues of the jail's own ipc namespace, in sight, so that Landlock has a place to allow."""
+    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
+    mounts.mount("mqueue", "/dev/mqueue", "mqueue", flags)
+
+
 def loopback(_launch: Launch, _args: dict[str, Any]) -> None:
     """The network namespace holds `lo` alone; bring it up, so that programs can talk to themselves."""
     process.loopback_up()
@@ -205,6 +211,7 @@ STEPS = {
     "proc": proc,
     "terminals": terminals,
     "namespaces": namespaces,
+    "queues": queues,
     "loopback": loopback,
     "egress": egress.egress,
     "hostname": hostname,

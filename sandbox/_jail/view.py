@@ -76,6 +76,7 @@ def devices(launch: Launch, args: dict[str, Any]) -> None:
     """A minimal /dev: five harmless nodes of the host bound in, and places for what is mounted later."""
     dev = f"{launch.root}/dev"
     os.makedirs(f"{dev}/pts")
+    os.mkdir(f"{dev}/mqueue")
     for name in args["nodes"]:
         target = f"{dev}/{name}"
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
