@@ -150,7 +150,7 @@ def test_system_programs_cannot_be_replaced(jail: Jail) -> None:
 
 def test_dev_holds_harmless_nodes_alone(jail: Jail) -> None:
     links = {"fd", "stdin", "stdout", "stderr", "ptmx"}
-    assert set(jail.one("listdir", "/dev")) == {*DEVICE_NODES, *links, "pts", "shm"}
+    assert set(jail.one("listdir", "/dev")) == {*DEVICE_NODES, *links, "mqueue", "pts", "shm"}
 
 
 @pytest.mark.parametrize(
