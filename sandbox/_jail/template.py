@@ -2,8 +2,8 @@
 
 It lives one user namespace below the root view, so it can make namespaces and mounts for its children and cannot touch
 the view. For functions it is a fresh interpreter that has imported what the tool needs; input of a call never
-reaches it, only a child that has sealed itself. It is pid 1 of its own pid namespace: when it ends, so do all of
-its children. Nothing of a call returns here but an exit status.
+reaches it, only a child that has sealed itself. When it ends, its pid namespace ends, and with that all of its
+children. Nothing of a call returns here but an exit status.
 
 The imports run with the namespace's capabilities, before any filter: they are the developer's own modules, which the
 caller's process has imported as well. Source: pid_namespaces(7), user_namespaces(7), unshare(2).
@@ -65,8 +65,25 @@ def _start_interpreter(launch: Launch, settings: dict[str, Any]) -> None:
     for fd in kept.values():
         os.set_inheritable(fd, True)
     os.chdir("/")
+    _leave_init()
     argv = [settings["python"], "-I", "-c", _BOOT, json.dumps(state)]
     os.execve(argv[0], argv, settings["env"])  # noqa: S606 - this is the point
+
+
+def _leave_init() -> None:
+    """Go on in a child whose pid no jail's process will have; we stay behind as pid 1 until it ends.
+
+    A jail's first process is pid 1. Libraries tell by a changed pid that they were forked and have to draw new random
+    numbers (OpenSSL 3 does, and `tempfile`): from a template with that same pid every call would draw the same ones.
+    """
+    with open("/proc/sys/kernel/pid_max", "rb") as file:
+        highest = int(file.read()) - 1
+    pid, _ = syscalls.clone(0, pid=highest)
+    if pid:
+        syscalls.close_range(0, 0xFFFFFFFF)
+        os.waitpid(pid, 0)
+        os._exit(0)
+    process.die_with_parent()
 
 
 def main(text: str) -> None:

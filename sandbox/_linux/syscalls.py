@@ -108,17 +108,21 @@ class _CloneArgs(ctypes.Structure):
     ]
 
 
-def clone(flags: int, cgroup_fd: int = -1) -> tuple[int, int]:
+def clone(flags: int, cgroup_fd: int = -1, pid: int = 0) -> tuple[int, int]:
     """Fork with clone3(2) flags; returns (pid, pidfd) in the parent and (0, -1) in the child.
 
     With `cgroup_fd` (a cgroup v2 directory) the child is born inside that group: there is no window without limits.
+    With `pid` it gets that number in the pid namespace (CAP_SYS_ADMIN over it; EEXIST when taken).
     Only for single-threaded processes: Python's own fork hooks run, glibc's atfork handlers do not.
     """
     pidfd = ctypes.c_int(-1)
+    wanted = ctypes.c_int(pid)
     args = _CloneArgs(
         flags=flags | CLONE_PIDFD | (CLONE_INTO_CGROUP if cgroup_fd >= 0 else 0),
         pidfd=ctypes.addressof(pidfd),
         exit_signal=17,
+        set_tid=ctypes.addressof(wanted) if pid else 0,
+        set_tid_size=1 if pid else 0,
         cgroup=max(cgroup_fd, 0),
     )
     ctypes.pythonapi.PyOS_BeforeFork()
