@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BACKLOG = 1024
 _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
+_IPV6_FREEBIND = 78
 _IP_PKTINFO = 8
 _NO_V6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EOPNOTSUPP, errno.EACCES, errno.EINVAL)
 
@@ -81,6 +82,8 @@ def _dns_socket(family: int) -> socket.socket:
     _set_transparent(sock, family, transparent=False)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        # Without it an answer may come only from an address that an interface has, which a local route is not.
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 53))  # noqa: S104 - of a namespace with lo alone

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sandbox.egress.session import Session
 
 CONNECT_TIMEOUT_S: Final = 10.0
-# A refused connection is reset at once, but for a moment in which its first bytes tell what it was going to be.
+# A refused connection is reset at once, but for the first of its kind: a moment in which its first bytes may tell what
+# it was going to be.
 GUESS_S: Final = 0.03
 GUESSING_MAX: Final = 32
 
@@ -197,7 +198,8 @@ class Flow:
         if refused.verdict is not None:
             self.verdict = refused.verdict
         session = self.session
-        if self.pump is None and self.meter.up == 0 and refused.is_denial and session.guessing < GUESSING_MAX:
+        is_new = refused.is_denial and session.journal.is_new_denial(self.host, self.port, refused.reason)
+        if self.pump is None and self.meter.up == 0 and is_new and session.guessing < GUESSING_MAX:
             session.guessing += 1
             try:
                 await self._look_at_first_bytes()

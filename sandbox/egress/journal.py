@@ -57,10 +57,13 @@ class Journal:
         else:
             self._singles.append(attempt)
 
+    def is_new_denial(self, host: str, port: int, reason: str) -> bool:
+        """Whether a denial of this kind would be the first, and kept."""
+        return (host, port, reason) not in self.denials and len(self.denials) < GROUPS_MAX
+
     def _keep_denial(self, attempt: Attempt) -> None:
-        key = (attempt.host, attempt.port, attempt.reason)
-        if key not in self.denials and len(self.denials) < GROUPS_MAX:
-            self.denials[key] = attempt
+        if self.is_new_denial(attempt.host, attempt.port, attempt.reason):
+            self.denials[attempt.host, attempt.port, attempt.reason] = attempt
 
     def _sum_up(self, attempt: Attempt) -> None:
         fields = ("transport", "proto", "host", "port", "decision", "rule", "reason")

@@ -42,11 +42,11 @@ def read_all(sock, limit=1 << 30):
     return {"text": b"".join(chunks)[:4096].decode("latin-1"), "bytes": total, "sha256": digest.hexdigest()}
 
 
-def tcp(host, port, send="", half_close=False, read=True, timeout=10, chunks=None, pause=0.0, once=False):
+def tcp(host, port, send="", half_close=False, read=True, timeout=10, chunks=None, pause=0.0, once=False, size=0):
     sock = socket.create_connection((host, port), timeout=timeout)
     with sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in chunks or [send]:
+        for piece in chunks or [send or "x" * size]:
             sock.sendall(piece.encode("latin-1"))
             time.sleep(pause)
         if half_close:

@@ -148,8 +148,8 @@ def pattern_block() -> bytes:
     return b"".join(hashlib.sha256(struct.pack(">I", n)).digest() for n in range(1 << 15))
 
 
-def pattern_digest(size: int) -> str:
-    block, digest = pattern_block(), hashlib.sha256()
+def pattern_digest(size: int, head: bytes = b"") -> str:
+    block, digest = pattern_block(), hashlib.sha256(head)
     while size > 0:
         digest.update(memoryview(block)[: min(size, len(block))])
         size -= len(block)

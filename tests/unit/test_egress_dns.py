@@ -138,11 +138,21 @@ def test_what_can_be_said_in_names_is_bounded() -> None:
 
 
 def test_queries_are_rated() -> None:
-    names = table("a.example.org:443")
-    codes = [ask(names, "a.example.org", now=0.0)[0] for _ in range(1000)]
-    assert codes.count(NOERROR) in range(300, 500)
+    names = table("**.example.org:443", "a.example.net:443")
+    assert ask(names, "a.example.net", now=0.0)[0] == NOERROR
+    codes = [ask(names, f"evil{n}.test", now=0.0)[0] for n in range(1000)]
+    assert codes.count(NXDOMAIN) in range(300, 500)
     assert codes[-1] == REFUSED
-    assert ask(names, "a.example.org", now=2.0)[0] == NOERROR, "and allowed again after a while"
+    assert ask(names, "b.example.org", now=0.0)[2] == "dns_rate"
+    assert ask(names, "a.example.net", now=0.0)[0] == NOERROR, "a name that was given out says nothing new"
+    assert ask(names, "b.example.org", now=2.0)[0] == NOERROR, "and allowed again after a while"
+
+
+def test_no_number_of_queries_keeps_the_gateway_busy() -> None:
+    names = table("a.example.org:443")
+    codes = [ask(names, "a.example.org", now=0.0)[0] for _ in range(6000)]
+    assert REFUSED in codes
+    assert codes.count(NOERROR) >= 4900
 
 
 @given(st.binary(max_size=1500))

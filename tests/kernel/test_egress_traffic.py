@@ -1,0 +1,293 @@
+"""What the gateway carries: large, many, slow and half-closed flows, DNS at any address, and budgets to the byte."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+
+import pytest
+
+from tests.helpers.net_scenes import Scene, Seen, do, play
+from tests.helpers.net_servers import (
+    Certificates,
+    Outside,
+    answer_after_end,
+    echo,
+    http,
+    pattern_digest,
+    reset_at_once,
+    silent,
+    slow_sink,
+)
+from tests.helpers.net_world import OTHER, WEB, WEB_V6
+
+pytestmark = pytest.mark.needs("userns")
+
+MIB = 1 << 20
+# The whole gigabyte where there is time for it: SANDBOX_TEST_BIG=1.
+BIG_BYTES = (1 << 30) if os.environ.get("SANDBOX_TEST_BIG") else 128 * MIB
+HOSTS = {
+    "www.example.test": WEB,
+    "v6.example.test": WEB_V6,
+    "two.example.test": OTHER,
+    "dead.example.test": "192.88.98.1",
+}
+PORTS = {"http": 80, "echo": 7, "after": 9, "reset": 10, "slow": 11, "silent": 12}
+ENCODED = base64.b32encode(hashlib.sha256(b"stolen").digest()).decode().lower().rstrip("=")
+
+
+def furnish(outside: Outside) -> None:
+    handlers = {"http": http, "echo": echo, "after": answer_after_end, "reset": reset_at_once, "slow": slow_sink}
+    for address in (WEB, WEB_V6, OTHER):
+        for name, handler in {**handlers, "silent": silent}.items():
+            outside.serve(name, address, PORTS[name], handler)
+    outside.serve("tls", WEB, 443, Certificates().tls(http, "www.example.test"))
+    # What /etc/hosts does not know goes to this resolver, which changes its mind after the first answer.
+    outside.serve_names("127.0.0.54", answers)
+
+
+def answers(name: str, times: int) -> list[str]:
+    if name == "rebind.example.test":
+        return [WEB] if times == 0 else ["10.1.2.3"]
+    return [WEB] if name.endswith(".wild.example.test") else []
+
+
+def fetch(size: int, **more: object) -> dict[str, object]:
+    request = f"GET /bytes/{size} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+    return do("tcp", host="www.example.test", port=80, send=request, half_close=True, **more)
+
+
+def to(what: str, host: str = "www.example.test", **more: object) -> dict[str, object]:
+    return do("tcp", host=host, port=PORTS[what], **more)
+
+
+ALL = ["www.example.test:1-65535"]
+FREE = {"upload_max": "unlimited", "download_max": "unlimited", "wall_time": "120s"}
+SCENES = {
+    "big": Scene(ALL, [fetch(BIG_BYTES, timeout=120)], FREE),
+    "upload": Scene(ALL, [to("after", size=20 * MIB, half_close=True)], FREE),
+    "many": Scene(ALL, [do("flood", host="www.example.test", port=80, count=1000, send="GET / HTTP/1.1\r\n\r\n")]),
+    "at once": Scene(ALL, [do("flood", host="www.example.test", port=7, count=200, hold=True, send="x")]),
+    "half-close": Scene(ALL, [to("after", send="abc", half_close=True)]),
+    "reset": Scene(ALL, [to("reset", send="x")]),
+    "slow reader": Scene(ALL, [to("slow", send="x" * 20000, read=False)]),
+    "pieces": Scene(ALL, [to("echo", chunks=["a", "b", "c"], pause=0.05, half_close=True)]),
+    "nothing said": Scene(ALL, [to("echo", send="", half_close=True)]),
+    "dead host": Scene(["dead.example.test:80"], [do("tcp", host="dead.example.test", port=80, send="x")]),
+    "dns": Scene(["www.example.test:80"], [
+        do("dns", server="8.8.8.8", host="www.example.test"),
+        do("dns", server="1.1.1.1", host="www.example.test", over="tcp"),
+        do("dns", server="2001:4860:4860::8888", host="www.example.test", kind=28),
+        do("dns", server="2606:4700::1111", host="www.example.test", over="tcp"),
+        do("dns", server="198.18.0.2", host="www.example.test", kind=65),
+        do("dns", server="8.8.8.8", host="evil.test"),
+        do("dns", server="8.8.8.8", host="evil.test", over="tcp"),
+        do("dns", server="8.8.8.8", host="www.example.test", kind=16),
+        do("dns", server="127.0.0.1", host="www.example.test"),
+    ]),
+    "dns tunnel": Scene(["**.wild.example.test:80"], [
+        do("lookup", host="a.wild.example.test"), do("lookup", host=f"{ENCODED[:40]}.wild.example.test"),
+        do("tcp", host="a.wild.example.test", port=80, send="GET / HTTP/1.1\r\n\r\n", once=True),
+    ]),
+    "rebinding": Scene(["rebind.example.test:80"], [
+        do("tcp", host="rebind.example.test", port=80, send="GET / HTTP/1.1\r\n\r\n", once=True),
+    ] * 2),
+    "download budget": Scene(ALL, [fetch(3 * MIB), fetch(3 * MIB)], {"download_max": "4MiB"}),
+    "upload budget": Scene(ALL, [to("after", size=MIB, half_close=True)] * 2, {"upload_max": "1MiB"}),
+    "host budget": Scene(["www.example.test:*", "two.example.test:*"],
+                         [fetch(MIB), to("after", host="two.example.test", send="y", half_close=True)],
+                         {"network.host_download_max": "100KiB"}),
+    "kill": Scene(ALL, [fetch(3 * MIB), do("flood", host="www.example.test", port=7, count=10_000)],
+                  {"download_max": "1MiB", "on_breach": "kill"}),
+    "rate": Scene(ALL, [fetch(MIB)], {"network_rate": "1MiB/s"}),
+    "connections": Scene(ALL, [do("flood", host="www.example.test", port=9, count=20), to("echo", send="x")],
+                         {"connections_max": 5}),
+    "connections at once": Scene(ALL, [do("flood", host="www.example.test", port=7, count=20, hold=True, send="x")],
+                                 {"connections_at_once": 5}),
+    "idle": Scene(ALL, [to("silent", send="x")], {"idle_time": "1s"}),
+    "flow time": Scene(ALL, [to("echo", chunks=["x"] * 40, pause=0.1)], {"flow_time": "1s"}),
+    "flood": Scene(["www.example.test:80"], [
+        do("flood", host="www.example.test", port=81, count=3000), do("flood", host="10.0.0.1", port=22, count=500),
+        to("http", send="GET /after HTTP/1.1\r\n\r\n", once=True),
+    ]),
+    "half-open hellos": Scene(["www.example.test:443"], [
+        do("flood", host="www.example.test", port=443, count=300, hold=True, send="\x16\x03\x01"),
+    ], {"connections_at_once": 100}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def played() -> tuple[dict[str, Seen], list[str]]:
+    return play(SCENES, HOSTS, furnish)
+
+
+@pytest.fixture(scope="module")
+def seen(played: tuple[dict[str, Seen], list[str]]) -> dict[str, Seen]:
+    return played[0]
+
+
+def test_a_large_download_arrives_whole(seen: dict[str, Seen]) -> None:
+    scene = seen["big"]
+    head = len(scene.result["text"].partition("\r\n\r\n")[0]) + 4
+    assert scene.result["bytes"] == BIG_BYTES + head
+    assert scene.result["sha256"] == pattern_digest(BIG_BYTES, scene.result["text"][:head].encode("latin-1"))
+    assert scene.one(proto="http")["bytes_in"] == BIG_BYTES + head
+    print(f"{BIG_BYTES / MIB / scene.result['seconds']:.0f} MiB/s through the gateway")
+
+
+def test_a_large_upload_arrives_whole_and_is_answered_after_its_end(seen: dict[str, Seen]) -> None:
+    size = 20 * MIB
+    assert seen["upload"].result["text"] == f"{size} {hashlib.sha256(b'x' * size).hexdigest()}"
+    assert seen["upload"].one(transport="tcp")["bytes_out"] == size
+
+
+def test_a_thousand_short_connections_all_work(seen: dict[str, Seen]) -> None:
+    scene = seen["many"]
+    assert {name: count for name, count in scene.result.items() if name not in ("ok", "seconds")} == {"data": 1000}
+    assert sum(item.get("count", 1) for item in scene.attempts(proto="http")) == 1000
+    assert len(scene.network or []) < 300
+
+
+def test_two_hundred_connections_at_once_all_work(seen: dict[str, Seen]) -> None:
+    assert seen["at once"].result["held data"] == 200
+
+
+def test_a_half_close_is_passed_on(seen: dict[str, Seen]) -> None:
+    assert seen["half-close"].result["text"] == f"3 {hashlib.sha256(b'abc').hexdigest()}"
+
+
+def test_a_reset_is_passed_on(seen: dict[str, Seen]) -> None:
+    assert seen["reset"].result["error"] == "ECONNRESET"
+    attempt = seen["reset"].one(transport="tcp")
+    assert (attempt["decision"], attempt["reason"]) == ("allow", "reset")
+
+
+def test_a_slow_reader_gets_everything_in_its_own_time(seen: dict[str, Seen]) -> None:
+    assert seen["slow reader"].result["ok"]
+
+
+def test_pieces_stay_pieces_and_nothing_is_nothing(seen: dict[str, Seen]) -> None:
+    assert seen["pieces"].result["text"] == "abc"
+    assert (seen["nothing said"].result["ok"], seen["nothing said"].result["bytes"]) == (True, 0)
+
+
+def test_a_host_that_does_not_accept_is_a_reset_and_no_denial(seen: dict[str, Seen]) -> None:
+    scene = seen["dead host"]
+    assert scene.result["error"] in ("ECONNRESET", "EPIPE")
+    attempt = scene.one(transport="tcp")
+    assert (attempt["decision"], attempt["reason"]) == ("allow", "connect_failed")
+    assert scene.denials == []
+
+
+def test_dns_is_answered_at_any_address_and_from_there(seen: dict[str, Seen]) -> None:
+    results = seen["dns"].results
+    for result, server in zip(
+        results[:4], ("8.8.8.8", "1.1.1.1", "2001:4860:4860::8888", "2606:4700::1111"), strict=True
+    ):
+        assert (result["code"], result["answers"], result["from"]) == (0, 1, server), result
+    https, evil, evil_tcp, txt, local = results[4:]
+    assert (https["code"], https["answers"]) == (0, 0)
+    assert (evil["code"], evil_tcp["code"]) == (3, 3)
+    assert (txt["code"], txt["answers"]) == (0, 0)
+    assert (local["answers"], local["from"]) == (1, "127.0.0.1")
+    assert seen["dns"].one(decision="deny")["host"] == "evil.test"
+    assert seen["dns"].one(decision="deny")["count"] == 2
+
+
+def test_no_refused_name_is_asked_outside(played: tuple[dict[str, Seen], list[str]]) -> None:
+    scenes, queries = played
+    assert scenes["dns tunnel"].results[0]["ok"]
+    assert scenes["dns tunnel"].results[1]["error"].startswith("EAI")
+    assert scenes["dns tunnel"].one(decision="deny")["reason"] == "dns_tunnel"
+    assert scenes["dns tunnel"].results[2]["ok"]
+    assert "a.wild.example.test" in queries
+    assert not [name for name in queries if "evil" in name or ENCODED[:10] in name]
+    assert not [name for name in queries if name.endswith((".test.", ".local"))], "nothing is put behind a name"
+
+
+def test_a_name_that_changes_its_address_is_judged_each_time(seen: dict[str, Seen]) -> None:
+    """The first answer may be used for some seconds; the private second one is never dialled."""
+    scene = seen["rebinding"]
+    assert scene.results[0]["ok"]
+    assert {label for label, _ in scene.reached} <= {"http"}
+    for attempt in scene.attempts(transport="tcp"):
+        assert attempt["resolved_ip"] == WEB or attempt["reason"] == "closed_address"
+
+
+def test_the_download_budget_holds_to_the_byte_over_all_flows(seen: dict[str, Seen]) -> None:
+    scene = seen["download budget"]
+    assert scene.usage["network_bytes_in"] == 4 * MIB
+    assert scene.attempts(reason="budget")[0]["detail"] == "download_max"
+    assert "budget download_max" in scene.denials[0]
+
+
+def test_the_upload_budget_holds_to_the_byte(seen: dict[str, Seen]) -> None:
+    scene = seen["upload budget"]
+    whole, cut = scene.results
+    assert whole["text"].startswith(str(MIB))
+    assert cut["ok"] is False
+    assert scene.usage["network_bytes_out"] == MIB
+    assert scene.attempts(reason="budget")[0]["detail"] == "upload_max"
+
+
+def test_a_hosts_budget_leaves_other_hosts_alone(seen: dict[str, Seen]) -> None:
+    first, second = seen["host budget"].results
+    assert first["ok"] is False
+    assert second["text"].startswith("1 ")
+    assert seen["host budget"].attempts(reason="budget")[0]["bytes_in"] == 100 * 1024
+
+
+def test_a_breach_ends_the_call_when_the_manifest_says_so(seen: dict[str, Seen]) -> None:
+    scene = seen["kill"]
+    assert (scene.ending["kind"], scene.ending["fault"]) == ("limit:network", "tool")
+    assert scene.results == []
+    assert scene.usage["network_bytes_in"] == MIB
+
+
+def test_the_rate_holds(seen: dict[str, Seen]) -> None:
+    scene = seen["rate"]
+    assert scene.result["ok"]
+    assert 0.5 < scene.result["seconds"] < 6
+
+
+def test_connections_are_bounded_in_all_and_then_refused_by_the_kernel(seen: dict[str, Seen]) -> None:
+    flood, after = seen["connections"].results
+    assert sum(count for name, count in flood.items() if name not in ("ok", "seconds", "ECONNREFUSED")) <= 7
+    assert flood["ECONNREFUSED"] >= 13
+    assert after["error"] == "ECONNREFUSED"
+    assert len(seen["connections"].reached) == 5
+
+
+def test_connections_are_bounded_at_once(seen: dict[str, Seen]) -> None:
+    scene = seen["connections at once"]
+    assert scene.result["held data"] == 5
+    assert len(scene.reached) == 5
+    assert scene.attempts(reason="budget")[0]["detail"] == "connections_at_once"
+
+
+def test_an_idle_flow_is_cut(seen: dict[str, Seen]) -> None:
+    assert seen["idle"].result["error"] == "ECONNRESET"
+    assert 0.9 < seen["idle"].result["seconds"] < 5
+    assert seen["idle"].one(transport="tcp")["detail"] == "idle_time"
+
+
+def test_a_flow_that_lasts_too_long_is_cut(seen: dict[str, Seen]) -> None:
+    assert seen["flow time"].result["error"] in ("ECONNRESET", "EPIPE")
+    assert seen["flow time"].one(transport="tcp")["detail"] == "flow_time"
+
+
+def test_a_flood_is_refused_counted_and_harms_nobody(seen: dict[str, Seen]) -> None:
+    scene = seen["flood"]
+    ports, scan, after = scene.results
+    assert ports.get("ECONNRESET", 0) + ports.get("ECONNREFUSED", 0) == 3000
+    assert scan.get("ECONNRESET", 0) + scan.get("ECONNREFUSED", 0) == 500
+    assert after["ok"]
+    assert sum(item.get("count", 1) for item in scene.attempts(decision="deny", transport="tcp")) >= 3500
+    assert len(scene.network or []) <= 410
+
+
+def test_half_open_hellos_are_bounded(seen: dict[str, Seen]) -> None:
+    scene = seen["half-open hellos"]
+    assert scene.result["held ECONNRESET"] >= 200
+    assert scene.reached == []
