@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ def box(state_root: Path) -> Iterator[Any]:
 
     with Sandbox("shell", state=state_root) as made:
         yield made
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose path leaves room for a socket's name: such a path may have 107 bytes (unix(7))."""
+    with tempfile.TemporaryDirectory(prefix="tcs-", dir="/var/tmp") as path:
+        yield Path(path)
 
 
 @pytest.fixture(scope="session", autouse=True)

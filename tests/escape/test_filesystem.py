@@ -181,20 +181,20 @@ def test_a_device_node_in_a_granted_directory_is_covered(jail: Jail, tmp_path: P
         assert found == [Errno("EACCES"), "plain"]
 
 
-def test_a_hosts_socket_in_a_granted_directory_is_covered(jail: Jail, tmp_path: Path) -> None:
+def test_a_hosts_socket_in_a_granted_directory_is_covered(jail: Jail, short_path: Path) -> None:
     """Path sockets belong to no network namespace and are reached through read-only mounts too (unix(7))."""
-    path = tmp_path / "sock"
+    path = short_path / "sock"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         path.chmod(0o777)
         server.listen()
         server.setblocking(False)
         for access in ("read", "write"):
-            grant = {access: [str(tmp_path)]}
+            grant = {access: [str(short_path)]}
             assert jail.one("connect", "unix", str(path), **grant) == Errno("EACCES")
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert jail.one("talk", "unix", f"{tmp_path}/own", write=[str(tmp_path)]) == "hello"
+    assert jail.one("talk", "unix", f"{short_path}/own", write=[str(short_path)]) == "hello"
 
 
 def test_a_hosts_fifo_in_a_granted_directory_is_covered(jail: Jail, tmp_path: Path) -> None:
@@ -210,15 +210,15 @@ def test_a_hosts_fifo_in_a_granted_directory_is_covered(jail: Jail, tmp_path: Pa
 
 
 @pytest.mark.needs("user")
-def test_a_directory_that_cannot_be_looked_into_is_covered(jail: Jail, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_looked_into_is_covered(jail: Jail, short_path: Path) -> None:
     """One may pass through it by known names, and a socket in it could not be found beforehand."""
-    closed = tmp_path / "closed"
+    closed = short_path / "closed"
     closed.mkdir()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{closed}/sock")
         server.listen()
         closed.chmod(0o100)
-        found = jail.act(["connect", "unix", f"{closed}/sock"], ["listdir", str(tmp_path)], read=[str(tmp_path)])
+        found = jail.act(["connect", "unix", f"{closed}/sock"], ["listdir", str(short_path)], read=[str(short_path)])
         closed.chmod(0o700)
     assert found == [Errno("EACCES"), ["closed"]]
 
