@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 
 from sandbox._linux import cgroup
 from sandbox.plan import LaunchPlan
@@ -20,12 +20,21 @@ def cgroup_limits(plan: LaunchPlan) -> dict[str, float | int]:
     return found
 
 
-def io_devices(state: Path, plan: LaunchPlan) -> list[str]:
-    """The block devices behind what this call can write: an io limit is per device."""
-    paths = {str(state)}
+def io_devices(plan: LaunchPlan, disks: Iterable[str]) -> list[str]:
+    """The disks that this call can read or write, each of which gets the io limit.
+
+    `disks`: all of the host's. They stand in where a path lies on no disk that can be told (an overlay, a
+    container's root). Empty where the host has no disk: then there is nothing to limit.
+    """
+    paths = {"/usr"}
     for step in plan.steps:
-        if step.name == "workspace" and step.args.get("host_path"):
+        if step.name == "system_view":
+            paths.update(source for source, _ in step.args["python_paths"])
+        elif step.name == "workspace" and step.args.get("host_path"):
             paths.add(step.args["host_path"])
         elif step.name == "grants":
             paths.update(grant["host_path"] for grant in step.args["paths"])
-    return sorted({device for path in paths if (device := cgroup.block_device(path)) is not None})
+    found = {cgroup.block_device(path) for path in paths}
+    if None in found:
+        found.update(disks)
+    return sorted(device for device in found if device is not None)

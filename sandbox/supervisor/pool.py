@@ -50,9 +50,10 @@ class _Shelf:
 class Pool:
     """Makes jails, and keeps standbys of the kinds that were asked for lately."""
 
-    def __init__(self, state: Path, tree: cgroup.Tree | None) -> None:
+    def __init__(self, state: Path, tree: cgroup.Tree | None, disks: tuple[str, ...]) -> None:
         self._state = state
         self._tree = tree
+        self._disks = disks
         self._host_uids: Iterator[int] | None = identity.host_uids()
         self._serial = itertools.count(1)
         self._filters: dict[str, bytes] = {}
@@ -198,7 +199,10 @@ class Pool:
         limits = cgroup_limits(plan)
         group = None
         if self._tree is not None:
-            group = self._tree.create(name, limits, io_devices(self._state, plan))
+            devices = io_devices(plan, self._disks) if "io_bytes_per_s" in limits else []
+            if not devices:
+                limits.pop("io_bytes_per_s", None)
+            group = self._tree.create(name, limits, devices)
         elif limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
         return Jail(name, group, host_uid)

@@ -80,7 +80,7 @@ class Supervisor:
             where = {name: tree.where(name) for name in self.facts.cgroups}
             self.facts = self.facts.with_cgroups(where, tree.refused)
             self._tree = tree if tree.has_groups else None
-        self._pool = Pool(self.state, self._tree)
+        self._pool = Pool(self.state, self._tree, tuple(self.facts.block_devices.values()))
         for recovered in recover(self.state):
             if recovered.error:
                 print(f"sandbox: chain {recovered.chain_id}: {recovered.error}", file=sys.stderr)
