@@ -198,9 +198,10 @@ def see_forks(call: Call) -> Seen:
         limit = int(call.record["enforcement"]["pids"]["applied"] or 0)
     # Beside the jail's tasks there are the command line, the supervisor and its helpers.
     within = bool(call.record) and call.tasks_peak <= limit + 24
-    text = f"{call.tasks_peak} tasks at once" + (
-        f", limit {limit}" if call.record else f", up to the world's own cap {limit}"
-    )
+    if call.record:
+        text = f"{call.tasks_peak} tasks at once, our own processes among them; limit {limit} inside"
+    else:
+        text = f"{call.tasks_peak} tasks at once, up to the world's own cap {TASKS_MAX}"
     return Seen(call.tasks_peak > 0.8 * TASKS_MAX, within, text)
 
 

@@ -107,7 +107,8 @@ class Surroundings:
     `paths`: every granted host path. `caller_env`: the caller's variables that the manifest allows by name.
     `python_paths`: (host path, jail path) of the interpreter's prefixes. `runtime_files`: (host path, jail path) of
     what a function call needs. `search_path`: directories put before the system's in PATH. `hidden`: host paths that
-    are never shown, such as the state directory with the records. `own_code`: what runs outside, the interpreter and
+    are never shown, such as the state directory with the records. `links`: (asked path, real path) of grants that were
+    asked for through a symbolic link. `own_code`: what runs outside, the interpreter and
     us. `protected`: entries of a writable workspace which stay read-only. `extra_env`: variables that the caller gives
     this one call.
     """
@@ -119,6 +120,7 @@ class Surroundings:
     runtime_files: tuple[tuple[str, str], ...] = ()
     search_path: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
     own_code: tuple[str, ...] = ()
     protected: tuple[str, ...] = ()
     terminal_rows: int = 24
@@ -257,7 +259,14 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
                 "runtime_files": [list(pair) for pair in around.runtime_files],
             },
         ),
-        Step("grants", "view", {"paths": _grants(manifest, call, around, below_workspace=False)}),
+        Step(
+            "grants",
+            "view",
+            {
+                "paths": _grants(manifest, call, around, below_workspace=False),
+                "links": [list(pair) for pair in around.links],
+            },
+        ),
     ]
     if call.workspace.host_path:
         steps.append(Step("workspace", "view", _workspace(call, around)))

@@ -25,6 +25,7 @@ from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings
+from sandbox.profiles import Resolved
 
 if TYPE_CHECKING:
     from sandbox.codec import EncodedCall
@@ -131,8 +132,9 @@ def allowed_environment(manifest: Manifest, source: Mapping[str, str]) -> dict[s
     return {name: value for name, value in source.items() if name in exact or (starts and name.startswith(starts))}
 
 
-def surroundings(manifest: Manifest, spec: CallSpec, state: Path, extra_env: Mapping[str, str]) -> Surroundings:
+def surroundings(resolved: Resolved, spec: CallSpec, state: Path, extra_env: Mapping[str, str]) -> Surroundings:
     """Everything `planner.decide` wants to know of the caller's side."""
+    manifest = resolved.manifest
     python = interpreter()
     columns, rows = shutil.get_terminal_size((80, 24)) if spec.tty else (80, 24)
     runtime_files: tuple[tuple[str, str], ...] = ()
@@ -145,6 +147,7 @@ def surroundings(manifest: Manifest, spec: CallSpec, state: Path, extra_env: Map
         python_paths=python.paths,
         runtime_files=runtime_files,
         search_path=python.search,
+        links=tuple(sorted(resolved.links.items())),
         # Where records are usually kept, too: those there are another supervisor's.
         hidden=tuple(dict.fromkeys(os.path.realpath(path) for path in (state, usual_state_dir()))),
         own_code=own_code(),
@@ -213,12 +216,14 @@ def _can_preload(name: str, importable: Callable[[str], bool]) -> bool:
     return spec.origin in ("built-in", "frozen") or os.path.realpath(spec.origin).startswith(roots)
 
 
-def policy(manifest: Manifest, profile: str, digest: str) -> dict[str, Any]:
-    """What the record says about the manifest."""
+def policy(resolved: Resolved) -> dict[str, Any]:
+    """What the record says about the manifest, and which files it came from."""
     return {
-        "profile": profile,
-        "manifest_sha256": digest,
-        "manifest": manifest.model_dump(mode="json"),
+        "profile": resolved.profile,
+        "manifest_sha256": resolved.digest,
+        "manifest": resolved.manifest.model_dump(mode="json"),
+        "sources": [list(source) for source in resolved.sources],
+        "notes": list(resolved.notes),
     }
 
 

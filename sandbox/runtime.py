@@ -80,7 +80,7 @@ class Sandbox:
         self._link: Link | None = supervisor_link.shared(self._state)
         try:
             self._link.start()
-            self._resolved = self._resolve({})
+            self._resolved = resolve(profile, overrides=overrides or None, ceiling=ceiling)
         except BaseException:
             self.close()
             raise
@@ -181,15 +181,17 @@ class Sandbox:
         tty: bool = False,
     ) -> Passing:
         """Run a program whose streams are pipes of the caller's: `stdin` to read from, `stdout_to` and `stderr_to` (or,
-        with a terminal inside, `terminal_to`) to write to. The command line's way."""
+        with a terminal inside, `terminal_to`) to write to. `started` is closed when the tool runs. The command line's
+        way."""
         job = self._program(argv, why=why, collect=collect, tty=tty, overrides={})
         return Passing(job, self._submit(job, fds))
 
     # -- how a call gets from here to there ---------------------------------------------------------------------
 
     def _resolve(self, overrides: Mapping[str, Any]) -> Resolved:
-        merged = {**self._overrides, **overrides}
-        return resolve(self._profile, overrides=merged or None, ceiling=self._ceiling)
+        """The manifest of one call. What was resolved already is the base: files edited meanwhile change nothing, and
+        a sealed profile stays sealed."""
+        return resolve(self._resolved, overrides=overrides, ceiling=self._ceiling)
 
     def _program(
         self,
@@ -250,7 +252,7 @@ class Sandbox:
         """The plan, and the part of it that is common to all calls of its kind with a name for that."""
         link = self._live_link()
         manifest, spec = job.resolved.manifest, job.spec
-        around = prepare.surroundings(manifest, spec, self._state, job.env)
+        around = prepare.surroundings(job.resolved, spec, self._state, job.env)
         facts = link.facts()
         if around.paths:
             # Where granted paths stand now decides, each time anew.
@@ -289,7 +291,7 @@ class Sandbox:
             "principal": prepare.principal(os.getpid()),
             "durability": job.resolved.manifest.audit.durability,
         }
-        policy = prepare.policy(job.resolved.manifest, job.resolved.profile, job.resolved.digest)
+        policy = prepare.policy(job.resolved)
         link.include(ask, "policy", f"{job.resolved.profile} {job.resolved.digest}", policy)
         try:
             plan, common = self._decide(job)

@@ -91,6 +91,12 @@ def grants(launch: Launch, args: dict[str, Any]) -> None:
     for grant in sorted(args["paths"], key=lambda g: g["jail_path"].count("/")):
         attributes = WRITABLE if grant["access"] == "write" else READ_ONLY
         _bind_grant(launch, grant["host_path"], grant["jail_path"], attributes, grant)
+    for asked, real in args.get("links", ()):
+        target = launch.root + asked
+        # Through a link of the view we would leave the new root: then the grant is at its real path only.
+        if not os.path.lexists(target) and os.path.realpath(os.path.dirname(target)) == os.path.dirname(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.symlink(real, target)
 
 
 def inner_grants(launch: Launch, args: dict[str, Any]) -> None:

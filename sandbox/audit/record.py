@@ -56,7 +56,8 @@ _OUTPUT: Mapping[str, Any] = dict.fromkeys(
 class Opening:
     """What is known before launch. `call` is a CallSpec's data, `plan` a LaunchPlan's, None when none was made.
 
-    `policy`: profile, profile_sha256, manifest_sha256, manifest (resolved). `host`: id, kernel, boot_id, node.
+    `policy`: profile, sources (file, digest), manifest_sha256, manifest (resolved), notes. `host`: id, kernel, boot_id,
+    node.
     `agent`: name, id, instance_id, framework, framework_version, model. `time_start` is RFC 3339.
     """
 
@@ -243,7 +244,8 @@ def _bounded_list(path: str, values: Sequence[Any], left_out: dict[str, int]) ->
 def _policy(policy: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "profile": _name(policy.get("profile")),
-        "profile_sha256": policy.get("profile_sha256"),
+        "sources": [{"file": file, "sha256": digest} for file, digest in policy.get("sources", ())],
+        "notes": list(policy.get("notes", ())),
         "manifest_sha256": policy.get("manifest_sha256"),
         "resolved_manifest": without_env_values(manifest),
         "mode": policy.get("mode", "enforce"),

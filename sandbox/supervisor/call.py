@@ -133,7 +133,9 @@ class Call:
             self._input = InputPump(self._loop, self.fds.pop("stdin"), self.jail.fds["master"])
 
     def _on_event(self, message: dict[str, Any]) -> None:
-        if message["ev"] == "exec_failed":
+        if message["ev"] == "executed" and "started" in self.fds:
+            os.close(self.fds.pop("started"))
+        elif message["ev"] == "exec_failed":
             self.exec_errno = message["errno"]
         elif message["ev"] == "exit":
             self.exit = message
@@ -234,6 +236,8 @@ class Call:
             found.setdefault("cpu_system_s", self.exit["system_s"])
             peak = max(self.polled_peak_bytes, self.exit["maxrss_bytes"])
             found.setdefault("memory_peak_bytes", peak)
+            # pid 1 has only waited for some of them; what still ran at the end was seen by polling, if at all.
+            found.setdefault("cpu_usage_s", max(self.polled_cpu_s, self.exit["user_s"] + self.exit["system_s"]))
         elif self.polled_peak_bytes:
             found.setdefault("memory_peak_bytes", self.polled_peak_bytes)
             found.setdefault("cpu_usage_s", self.polled_cpu_s)
