@@ -13,9 +13,10 @@ from typing import Any
 from sandbox._linux import wire
 from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
+from sandbox.errors import SandboxError
 from sandbox.outcome import Ending
 from sandbox.supervisor.call import Call
-from sandbox.supervisor.work import Work
+from sandbox.supervisor.work import Left, Work
 
 
 @dataclass
@@ -59,10 +60,15 @@ async def gather(
     isolation: dict[str, Any] = {"applied": call.jail.steps_applied, "notes": call.jail.notes}
     if call.jail.group is not None:
         isolation["cgroup"] = call.jail.group.name
-    if work.is_quick:
-        left = work.after(call.jail.fds, own_user_namespace=own_user_namespace)
-    else:
-        left = await asyncio.to_thread(work.after, call.jail.fds, own_user_namespace=own_user_namespace)
+    try:
+        if work.is_quick:
+            left = work.after(call.jail.fds, own_user_namespace=own_user_namespace)
+        else:
+            left = await asyncio.to_thread(work.after, call.jail.fds, own_user_namespace=own_user_namespace)
+    except (OSError, SandboxError) as error:
+        # The call is over and gets its record. It did not end well: what it left was not looked through.
+        left = Left()
+        gathered.closing = replace(gathered.closing, ending=_unseen(ending, error).to_json())
     captured = {name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()}
     gathered.sections.update({f"file:{path}": data for path, data in left.collected.items()})
     gathered.extra["changes"] = left.changes
@@ -79,6 +85,11 @@ async def gather(
         decisions=left.decisions,
     )
     return gathered
+
+
+def _unseen(ending: Ending, error: Exception) -> Ending:
+    message = f"what the call left could not be gathered: {error}"
+    return Ending("launch_error", "host", ending.exit_code, ending.signal, type(error).__name__, message)
 
 
 async def close_and_answer(
