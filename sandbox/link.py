@@ -103,6 +103,8 @@ class Link:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._facts: HostFacts | None = None
+        self._in_scope = False
+        self._scope_failed = False
         self._told: set[tuple[str, ...]] = set()
         self.supervisor_pid = -1
         self.zygote_pid = -1
@@ -120,7 +122,8 @@ class Link:
             with theirs:
                 argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), str(self.state)]
                 argv += [str(PACKAGE_ROOT), *(path for path in sys.path if os.path.isabs(path))]
-                prefix = delegation_prefix()
+                prefix = [] if self._scope_failed else delegation_prefix()
+                self._in_scope = bool(prefix)
                 self._process = subprocess.Popen(
                     [*prefix, *argv],
                     env=_environment(for_systemd=bool(prefix)),
@@ -135,6 +138,18 @@ class Link:
     def facts(self) -> HostFacts:
         """What the host can enforce, as the supervisor found it. Waits for its start."""
         self.start()
+        try:
+            return self._known_facts()
+        except LauncherUnavailable:
+            if not self._in_scope:
+                raise
+        # systemd would not give us a scope of our own. Without one there are fewer controls, and the facts will say so.
+        self._scope_failed = True
+        self.close()
+        self.start()
+        return self._known_facts()
+
+    def _known_facts(self) -> HostFacts:
         with self._lock:
             if self._facts is None:
                 self._facts = self._receive_facts()
