@@ -26,6 +26,7 @@ def main(control_fd: int) -> None:
         os._exit(0)
     control = socket.socket(fileno=control_fd)
     os.umask(0o022)
+    _take_back_ignored_signals()
     # Its children live for milliseconds; a collection in one of them would only copy pages that they share.
     gc.disable()
     gc.freeze()
@@ -47,6 +48,15 @@ def main(control_fd: int) -> None:
             if message is None:
                 return
             _launch(control, message, fds, (wake_read, wake_write))
+
+
+def _take_back_ignored_signals() -> None:
+    """An ignored signal stays ignored across exec, down to the tool (the supervisor ignores the terminal's; `nohup`
+    may have come before it), and a shell cannot even trap what was ignored when it started."""
+    own = (signal.SIGPIPE, signal.SIGXFSZ)  # the interpreter's, reset when the tool starts
+    for number in signal.valid_signals():
+        if number not in own and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _launch(control: socket.socket, message: dict[str, object], fds: list[int], own_fds: tuple[int, int]) -> None:
