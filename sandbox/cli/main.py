@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import typer
 
 from sandbox import __version__
+from sandbox.cli import FAILED, Ended
 from sandbox.errors import SandboxError
 
 # Command -> module; a module has `register(app)` for a command or `app` for a group.
@@ -20,7 +22,9 @@ COMMANDS = {
     "audit": "audit",
     "changes": "changes",
 }
-FAILED = 125
+# Their exit status is a tool's: what we refuse has to be told apart from whatever a tool can say.
+RUNNING = ("run", "shell")
+USAGE = 2
 
 
 def _show_version(*, value: bool) -> None:
@@ -34,6 +38,7 @@ def build(names: list[str]) -> typer.Typer:
     app = typer.Typer(
         name="sandbox",
         help="Run each tool call of an AI agent in its own single-use container, and keep a record of it.",
+        epilog="Start with: sandbox doctor; sandbox run -- id; sandbox audit list",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=True,
@@ -48,6 +53,7 @@ def build(names: list[str]) -> typer.Typer:
             callback=lambda value: _show_version(value=value),
             is_eager=True,
             help="Show the version.",
+            metavar="",
         ),
     ) -> None:
         """Run each tool call of an AI agent in its own single-use container, and keep a record of it."""
@@ -63,19 +69,41 @@ def build(names: list[str]) -> typer.Typer:
 
 def main() -> None:
     """Entry point. Exit status: the tool's own, 124 wall time, 125 ours, 126/127 cannot run, 128+N signal."""
+    _open_missing_streams()
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
     names = [asked] if asked in COMMANDS else list(COMMANDS)
-    app = build(names)
     try:
-        app(prog_name="sandbox")
+        build(names)(prog_name="sandbox")
+    except Ended:
+        raise
+    except SystemExit as end:
+        if end.code == USAGE and asked in RUNNING:
+            sys.exit(FAILED)
+        raise
     except SandboxError as error:
         complain(error)
         sys.exit(FAILED)
 
 
+def _open_missing_streams() -> None:
+    """Started with a standard stream closed, the next descriptor that we open would stand in its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one: all below are open by now.
+            os.open(os.devnull, os.O_RDWR)
+
+
 def complain(error: SandboxError) -> None:
     """One message on standard error: what, and what to do about it."""
-    print(f"sandbox: {error}", file=sys.stderr)
+    text = str(error)
+    prefix, _, rest = text.partition(": ")
+    if prefix.startswith("overrides "):
+        from sandbox.cli.options import option_of
+
+        text = f"{option_of(prefix.removeprefix('overrides ')) or prefix}: {rest}"
+    print(f"sandbox: {text}", file=sys.stderr)
     record_id = getattr(error.record, "record_id", "")
     if record_id:
         print(f"sandbox: record {record_id}", file=sys.stderr)

@@ -1,7 +1,10 @@
-"""Options that `run`, `shell` and `plan` share: each carries the manifest's own name."""
+"""Options that stand for the manifest's settings, shared by `run`, `shell` and `plan`: each has the setting's name."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -9,44 +12,92 @@ import typer
 from sandbox.errors import ManifestError
 
 _LIMITS = "Limits"
-_GRANTS = "Grants"
+_GRANTS = "Grants (each may be given several times)"
 _RECORD = "Record"
+_MODES = ("rw", "cow", "ro")
 
-Profile = Annotated[str, typer.Option("--profile", "-p", help="A profile's name or file.")]
-Memory = Annotated[str | None, typer.Option(help="Memory and swap, such as 512MiB.", rich_help_panel=_LIMITS)]
-Pids = Annotated[int | None, typer.Option(help="Tasks (processes and threads) at once.", rich_help_panel=_LIMITS)]
-Cpus = Annotated[float | None, typer.Option(help="Cores, such as 1.5.", rich_help_panel=_LIMITS)]
-CpuTime = Annotated[str | None, typer.Option(help="CPU time in all, such as 10s.", rich_help_panel=_LIMITS)]
-WallTime = Annotated[str | None, typer.Option(help="Time from start to end, such as 30s.", rich_help_panel=_LIMITS)]
-Disk = Annotated[str | None, typer.Option(help="Private storage: /tmp, home, workspace.", rich_help_panel=_LIMITS)]
-Output = Annotated[str | None, typer.Option(help="Bytes of output in all.", rich_help_panel=_LIMITS)]
-Read = Annotated[list[str] | None, typer.Option(help="A host path to show read-only.", rich_help_panel=_GRANTS)]
-Write = Annotated[list[str] | None, typer.Option(help="A host path to show writable.", rich_help_panel=_GRANTS)]
-Deny = Annotated[list[str] | None, typer.Option(help="A path or glob to hide.", rich_help_panel=_GRANTS)]
-AllowHost = Annotated[list[str] | None, typer.Option(help="A host:port to reach.", rich_help_panel=_GRANTS)]
-Env = Annotated[list[str] | None, typer.Option(help="A variable to pass on, by name.", rich_help_panel=_GRANTS)]
-SetEnv = Annotated[list[str] | None, typer.Option(help="NAME=VALUE to set inside.", rich_help_panel=_GRANTS)]
+
+def complete_profiles(incomplete: str) -> list[str]:
+    """For shell completion; a file's path completes as the shell itself does it."""
+    from sandbox.profiles import load_names
+
+    return [name for name in load_names() if name.startswith(incomplete)]
+
+
+def _limit(help: str, metavar: str) -> Any:
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=_LIMITS)
+
+
+def _grant(help: str, metavar: str) -> Any:
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=_GRANTS)
+
+
+Profile = Annotated[
+    str,
+    typer.Option("--profile", "-p", help="A profile's name or file.", metavar="NAME", autocompletion=complete_profiles),
+]
+Why = Annotated[
+    str, typer.Option(help="The reason for this call, for the record.", metavar="TEXT", rich_help_panel=_RECORD)
+]
+State = Annotated[
+    str | None,
+    typer.Option(help="Where records are kept.", metavar="DIR", envvar="SANDBOX_STATE", rich_help_panel=_RECORD),
+]
+Record = Annotated[
+    str | None, typer.Option(help="Write the record there as JSON.", metavar="FILE", rich_help_panel=_RECORD)
+]
+Commit = Annotated[
+    bool, typer.Option("--commit", help="Commit a cow workspace when the command ends well.", metavar="")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", metavar="")]
+
 Workspace = Annotated[
     str | None,
     typer.Option(
-        "--workspace", "-w", help="PATH[:rw|cow|ro]: the directory to work in; cow by default.", rich_help_panel=_GRANTS
+        "--workspace",
+        "-w",
+        help="The directory to work in, as a copy-on-write view (cow, the default), writable (rw) or read-only (ro). "
+        "Without it the call starts in an empty private one.",
+        metavar="PATH[:MODE]",
     ),
 ]
-AllowProtected = Annotated[
-    list[str] | None,
-    typer.Option(help="A protected kind of file that may be written (git-hooks, ...).", rich_help_panel=_GRANTS),
-]
-BestEffort = Annotated[
-    list[str] | None,
-    typer.Option(help="A control that may be less than full on this host.", rich_help_panel=_LIMITS),
-]
-Why = Annotated[str, typer.Option(help="The reason for this call, for the record.", rich_help_panel=_RECORD)]
-State = Annotated[
-    str | None, typer.Option(help="Where records are kept.", envvar="SANDBOX_STATE", rich_help_panel=_RECORD)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Words = list[str] | None
+# Name of the parameter -> its option. Setting names as in a profile; `_renamed` has the two that differ.
+SETTINGS: dict[str, Any] = {
+    "workspace": Workspace,
+    "memory": Annotated[str | None, _limit("RAM, swap and private files together.", "SIZE")],
+    "pids": Annotated[int | None, _limit("Processes and threads at one time.", "N")],
+    "cpus": Annotated[float | None, _limit("Cores' worth of CPU time, such as 1.5.", "N")],
+    "cpu_time": Annotated[str | None, _limit("CPU time in all, such as 10s.", "TIME")],
+    "wall_time": Annotated[str | None, _limit("Time from start to end, such as 5min.", "TIME")],
+    "disk": Annotated[str | None, _limit("Private files: /tmp, home, private workspace.", "SIZE")],
+    "output": Annotated[str | None, _limit("Bytes of output in all.", "SIZE")],
+    "best_effort": Annotated[Words, _limit("A control that may be less than full here.", "CONTROL")],
+    "read": Annotated[Words, _grant("A host path to show read-only.", "PATH")],
+    "write": Annotated[Words, _grant("A host path to show writable.", "PATH")],
+    "deny": Annotated[Words, _grant("A path or glob to hide, such as '**/.env'.", "PATH")],
+    "allow_host": Annotated[Words, _grant("A network destination, such as pypi.org:443.", "HOST:PORT")],
+    "env": Annotated[Words, _grant("A variable to pass on.", "NAME")],
+    "set_env": Annotated[Words, _grant("A variable to set.", "NAME=VALUE")],
+    "allow_protected": Annotated[Words, _grant("A protected kind of file that may be written: git-hooks, ...", "RULE")],
+}
 
-_MODES = ("rw", "cow", "ro")
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` every option in SETTINGS; it gets them as one argument `settings`: a manifest's overrides."""
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        given = {name: values.pop(name) for name in SETTINGS}
+        command(settings=overrides(**given), **values)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in SETTINGS.items()]
+    mine = [parameter.replace(kind=kind) for name, parameter in own.items() if name != "settings"]
+    wrapper.__signature__ = inspect.Signature([*mine, *added])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {}
+    return wrapper
 
 
 def workspace_setting(value: str | None) -> dict[str, str]:
@@ -66,15 +117,25 @@ def overrides(**given: Any) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if value not in (None, [], "")}
     found |= workspace_setting(found.pop("workspace", None))
     if "set_env" in found:
-        found["env_set"] = dict(_assignment(item) for item in found.pop("set_env"))
+        found["env_set"] = dict(_assignments(found.pop("set_env")))
     for ours, theirs in (("env", "env_allow"), ("allow_host", "allow_hosts")):
         if ours in found:
             found[theirs] = found.pop(ours)
     return found
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ManifestError(f"{text!r} is not NAME=VALUE", where="--set-env")
-    return name, value
+def _assignments(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            hint = f"--env {text} passes on the variable that you have" if text and not equals else ""
+            raise ManifestError(f"{text!r} is not NAME=VALUE", where="--set-env", hint=hint)
+        yield name, value
+
+
+def option_of(key: str) -> str:
+    """The option that stands for a manifest's key (`resources.memory`); empty where there is none."""
+    renamed = {"environment.allow": "env", "environment.set": "set_env", "network.allow": "allow_host"}
+    renamed["filesystem.workspace_mode"] = "workspace"
+    name = renamed.get(key, key.partition(".")[2])
+    return f"--{name.replace('_', '-')}" if name in SETTINGS else ""

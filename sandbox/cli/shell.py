@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
+from typing import Any
 
 import typer
 
-from sandbox.cli import options
-from sandbox.cli.run import carry_out
+from sandbox.cli import Ended, options
+from sandbox.cli.run import Request, execute
+
+# Its argument is the profile's name. Bash where there is one, without the start files of the system.
+_SCRIPT = """
+test -t 0 || exec sh
+echo "sandbox: profile $0, everything not granted is absent; ^D or exit leaves" >&2
+PS1="(sandbox $0) \\$PWD \\$ "; export PS1
+command -v bash >/dev/null && PS1="(sandbox $0) \\\\w \\\\$ " exec bash --norc --noprofile -i
+exec sh -i
+"""
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(shell)
+    app.command()(options.with_settings(shell))
 
 
 def shell(
+    settings: dict[str, Any],
     profile: options.Profile = "shell",
-    workspace: options.Workspace = None,
-    read: options.Read = None,
-    wall_time: options.WallTime = "1h",
+    commit: options.Commit = False,
     why: options.Why = "a look around",
+    record: options.Record = None,
     state: options.State = None,
 ) -> None:
-    """Open a shell under a profile. Its exit status is ours."""
-    from sandbox.runtime import Sandbox
-
-    settings = options.overrides(workspace=workspace, read=read, wall_time=wall_time)
-    with Sandbox(profile, state=state, **settings) as box:
-        outcome = carry_out(box, ["/bin/sh", "-c", "exec bash --norc -i 2>/dev/null || exec sh -i"], why=why)
-    sys.exit(outcome.exit_code)
+    """Open a shell under a profile, for an hour unless --wall-time says otherwise. Its exit status is the shell's."""
+    settings.setdefault("wall_time", "1h")
+    command = ["/bin/sh", "-c", _SCRIPT, profile]
+    request = Request(command, why, commit=commit, record=Path(record) if record else None)
+    raise Ended(execute(request, profile, state, settings))

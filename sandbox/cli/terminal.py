@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
-import shutil
 import signal
 import sys
 import termios
 import threading
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
+from sandbox.cli import Ended
+from sandbox.errors import SandboxError
 from sandbox.link import Pending
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -25,13 +27,18 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Streams:
-    """Pipes between this process and the call: `fds` are the ends to hand over."""
+    """Pipes between this process and the call: `fds` are the ends to hand over.
+
+    `started` is the end of a pipe which the supervisor closes when the tool runs.
+    """
 
     def __init__(self, *, terminal: bool) -> None:
         self.terminal = terminal
         self.fds: dict[str, int] = {}
         self._reads: dict[int, int] = {}
+        self.is_started = False
         self.fds["stdin"], self._stdin_write = os.pipe2(os.O_CLOEXEC)
+        self._started_read, self.fds["started"] = os.pipe2(os.O_CLOEXEC)
         targets = {"terminal_to": 1} if terminal else {"stdout_to": 1, "stderr_to": 2}
         for name, target in targets.items():
             read_end, self.fds[name] = os.pipe2(os.O_CLOEXEC)
@@ -43,15 +50,18 @@ class Streams:
             os.close(fd)
         self.fds.clear()
 
-    def carry(self, pending: Pending) -> None:
-        """Move bytes until the call's output has ended. Signals go to the tool meanwhile."""
+    def carry(self, pending: Pending, on_start: Callable[[], None]) -> None:
+        """Move bytes until the call's output has ended. Signals go to the tool as soon as it runs.
+
+        A signal before that raises Ended: there is nobody yet who could decide what it means.
+        """
         threading.Thread(target=self._feed, daemon=True).start()
-        with _signals(pending, terminal=self.terminal), _raw(self.terminal):
-            self._drain()
+        with self._signals(pending), _raw(self.terminal):
+            self._drain(on_start)
 
     def _feed(self) -> None:
         try:
-            while data := os.read(0, _CHUNK_BYTES):
+            while data := _read_blocking(0):
                 view = memoryview(data)
                 while view:
                     view = view[os.write(self._stdin_write, view) :]
@@ -60,54 +70,79 @@ class Streams:
         with contextlib.suppress(OSError):
             os.close(self._stdin_write)
 
-    def _drain(self) -> None:
+    def _drain(self, on_start: Callable[[], None]) -> None:
         with selectors.DefaultSelector() as selector:
-            for fd in self._reads:
+            for fd in (*self._reads, self._started_read):
                 selector.register(fd, selectors.EVENT_READ)
-            while selector.get_map():
+            while self._reads:
                 for key, _ in selector.select():
-                    data = os.read(key.fd, _CHUNK_BYTES)
-                    if not data or not _write(self._reads[key.fd], data):
-                        selector.unregister(key.fd)
-                        os.close(key.fd)
+                    fd = key.fd
+                    data = os.read(fd, _CHUNK_BYTES)
+                    if not self.is_started and (data or fd == self._started_read):
+                        self.is_started = True
+                        on_start()
+                    if data and _write(self._reads[fd], data):
+                        continue
+                    self._reads.pop(fd, None)
+                    selector.unregister(fd)
+                    os.close(fd)
+
+    @contextlib.contextmanager
+    def _signals(self, pending: Pending) -> Iterator[None]:
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            if not self.is_started:
+                raise Ended(128 + number)
+            pending.signal(number)
+
+        def resize(_number: int, _frame: FrameType | None) -> None:
+            # Asked of the terminal itself: the variables COLUMNS and LINES say what it was.
+            with contextlib.suppress(OSError):
+                columns, rows = os.get_terminal_size(1)
+                pending.resize(rows, columns)
+
+        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        if self.terminal:
+            before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, resize)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _read_blocking(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            # Somebody who shares it (a parent, a terminal's other programs) has made it non-blocking.
+            select.select([fd], [], [])
 
 
 def _write(fd: int, data: bytes) -> bool:
-    """Write it all; False when nobody reads any more, so that the tool can be told by a broken pipe."""
+    """Write it all; False when nobody reads any more, so that the tool can be told by a broken pipe.
+
+    Raises SandboxError when it cannot be written for another reason, such as a full disk: output must not get lost
+    unnoticed.
+    """
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
         except BrokenPipeError:
             return False
+        except OSError as error:
+            name = "standard output" if fd == 1 else "standard error"
+            raise SandboxError(f"cannot write to {name}: {error.strerror}; the call was ended") from error
     return True
-
-
-@contextlib.contextmanager
-def _signals(pending: Pending, *, terminal: bool) -> Iterator[None]:
-    """Hand the signals that we get to the tool; it decides what they mean."""
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        pending.signal(number)
-
-    def resize(_number: int, _frame: FrameType | None) -> None:
-        columns, rows = shutil.get_terminal_size()
-        pending.resize(rows, columns)
-
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
-    if terminal:
-        before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, resize)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _raw(terminal: bool) -> Iterator[None]:
     """Our terminal in raw mode: the jail's own does the editing and the signals."""
-    if not terminal:
+    if not terminal or not os.isatty(0):
         yield
         return
     saved = termios.tcgetattr(0)
@@ -120,4 +155,4 @@ def _raw(terminal: bool) -> Iterator[None]:
 
 def is_interactive() -> bool:
     """Whether both ends are terminals."""
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
