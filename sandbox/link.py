@@ -23,9 +23,11 @@ from sandbox._linux import wire
 from sandbox.errors import CallLost, InternalError, LauncherUnavailable, SandboxError
 from sandbox.host import HostFacts, delegation_prefix
 
-# The caller's own search path comes after the isolated interpreter's: what we need may be where only it points.
+# The package comes from where the caller has it, not from another copy on the interpreter's own path. The caller's
+# search path comes after the isolated interpreter's: what we need may be where only it points.
 _BOOT = (
-    "import sys; sys.path.extend(p for p in sys.argv[3:] if p not in sys.path); "
+    "import sys; sys.path.insert(0, sys.argv[3]); import sandbox; del sys.path[0]; "
+    "sys.path.extend(p for p in sys.argv[3:] if p not in sys.path); "
     "from sandbox.supervisor.main import main; sys.exit(main(sys.argv[1:3]))"
 )
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
