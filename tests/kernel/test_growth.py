@@ -80,7 +80,7 @@ def settled(look: Callable[[], object]) -> object:
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("kind", ["program", "function"])
 def test_two_thousand_calls_leave_nothing_behind(tmp_path: Path, kind: str) -> None:
-    calls = CALLS if kind == "program" else CALLS // 4
+    calls = CALLS if kind == "program" else CALLS // 5
     with Sandbox("shell", state=tmp_path) as box, ThreadPoolExecutor(THREADS) as pool:
 
         def one(_: int) -> bool:
