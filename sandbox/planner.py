@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sandbox import planner_egress
@@ -133,7 +133,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     Raises Unenforceable naming every control that this host cannot hold and the manifest does not let go.
     """
     table = controls(facts)
-    limits = _limits(manifest, table, facts)
+    limits = tuple(_with_scope(limit, manifest, call) for limit in _limits(manifest, table, facts))
     _refuse_missing(manifest, limits, facts)
     affinity = _mechanism(limits, "cpus") == "cpu affinity"
     steps = (
@@ -193,6 +193,14 @@ def _limit(name: str, value: int | float | str | None, control: Control) -> Limi
     if control.mechanism == "cpu affinity" and isinstance(value, float | int):
         applied = max(1, math.ceil(value))
     return Limit(name, value, applied, control.level, control.mechanism, control.strength, control.reason)
+
+
+def _with_scope(limit: Limit, manifest: Manifest, call: CallSpec) -> Limit:
+    """Storage limits hold what is the call's own. What it writes to the host's directories is not in them: say so."""
+    on_host = [path for path in manifest.filesystem.write if path.startswith("/")]
+    if limit.control in ("disk", "inodes") and (on_host or call.workspace.mode == "rw"):
+        return replace(limit, reason="private places only: in a writable host directory each file is bounded, not all")
+    return limit
 
 
 def _mechanism(limits: tuple[Limit, ...], control: str) -> str:
@@ -413,9 +421,12 @@ def _call_steps(
 def _rlimits(manifest: Manifest, limits: tuple[Limit, ...]) -> dict[str, int]:
     resources = manifest.resources
     rlimits = {
-        "CORE": 0,
+        # Not 0: with a pipe in core_pattern that limit is ignored and the host's crash handler runs, as root, on what
+        # the tool left for it. 1 alone makes the kernel drop the core (fs/coredump.c).
+        "CORE": 1,
         "NOFILE": resources.open_files,
-        "FSIZE": resources.disk_bytes,
+        # A page more than there is room for: in private places the tool is told ENOSPC, not killed by SIGXFSZ.
+        "FSIZE": resources.disk_bytes + 4096,
         "MEMLOCK": 8 << 20,
         "RTPRIO": 0,
         "NICE": 0,
