@@ -216,8 +216,8 @@ class Tree:
             self._lock(self.v2)
         used = {V1_NAMES[control] for control in CONTROLS if layout.where(control) == "v1"}
         if used or not self.v2:
-            # The unified tree counts cpu time and freezes by itself.
-            used |= set() if self.v2 else {"cpuacct", "freezer"}
+            # The unified tree counts cpu time, freezes and takes device rules by itself.
+            used |= set() if self.v2 else {"cpuacct", "freezer", "devices"}
         paths: dict[str, str] = {}
         for controller in sorted(used):
             hierarchy = layout.v1.get(controller)

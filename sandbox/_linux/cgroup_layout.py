@@ -17,7 +17,7 @@ CONTROLS = ("memory", "pids", "cpu", "io")
 V1_NAMES = {"memory": "memory", "pids": "pids", "cpu": "cpu", "io": "blkio"}
 # Where processes go that were in the group which now passes controllers on to ours.
 LEAF = "supervisor"
-V1_CONTROLLERS = frozenset(("memory", "pids", "cpu", "cpuacct", "blkio", "freezer"))
+V1_CONTROLLERS = frozenset(("memory", "pids", "cpu", "cpuacct", "blkio", "freezer", "devices"))
 
 
 class Hierarchy:
@@ -61,7 +61,8 @@ class Layout:
     @property
     def kind(self) -> str:
         """`v1`, `v2`, `hybrid` or `none`."""
-        if self.v1:
+        # A lone tree of devices limits nothing that a call asks for.
+        if self.v1.keys() - {"devices"}:
             return "hybrid" if self.v2 else "v1"
         return "v2" if self.v2 else "none"
 

@@ -35,7 +35,9 @@ class HostFacts:
     after it were tried inside a user namespace mapped as a jail's. `cgroups` maps memory, pids, cpu, io; `cgroup_kind`
     is v1, v2, hybrid or none; `cpu_accounting`: a call's group counts cpu time. `cpu_count`: cores we may run on.
     `system_calls`: newer ones, present and not filtered. `container`: what kind we run in, if any is seen.
-    `systemd_user`: a supervisor can be started in a delegated scope of the user's systemd.
+    `systemd_user`: a supervisor can be started in a delegated scope of the user's systemd. `gpu`: what the supervisor
+    found of GPUs (`sandbox.gpu.facts`), None without any. `device_rule`: what refuses device nodes to a call's group
+    beside its /dev, "bpf", "v1" or nothing.
     """
 
     kernel: str = ""
@@ -68,6 +70,8 @@ class HostFacts:
     kvm: bool = False
     gpu_devices: tuple[str, ...] = ()
     gpu_library: bool = False
+    gpu: Mapping[str, Any] | None = None
+    device_rule: str = ""
 
     @property
     def seccomp_filter(self) -> bool:

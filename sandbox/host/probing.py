@@ -67,6 +67,7 @@ def probe() -> HostFacts:
         kvm=os.access("/dev/kvm", os.R_OK | os.W_OK),
         gpu_devices=_gpu_devices(),
         gpu_library=results.get("nvml") is True,
+        device_rule=_device_rule(layout),
     )
 
 
@@ -234,6 +235,19 @@ def _listdir(path: str) -> list[str]:
         return os.listdir(path)
     except OSError:
         return []
+
+
+def _device_rule(layout: cgroup.Layout) -> str:
+    """What kind of device rule a supervisor's groups could be put under here."""
+    from sandbox._linux import bpf, devices
+
+    if layout.home:
+        try:
+            os.close(bpf.load_device_program(bpf.device_program(devices.BASE)))
+        except OSError:
+            return ""
+        return "bpf"
+    return "v1" if _is_open(layout, "devices") else ""
 
 
 def _gpu_devices() -> tuple[str, ...]:
