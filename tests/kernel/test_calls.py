@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,48 @@ def test_arguments_and_results_are_digests_in_the_record_unless_captured() -> No
         assert record["output"]["result_sha256"].startswith("sha256:")
     with Sandbox("python", capture=["args"]) as box:
         assert secret in json.dumps(box.call(lambda text: text, secret).record.to_json())
+
+
+@sandboxed
+def everyday(number: int) -> list[Any]:
+    import multiprocessing
+    import random
+    import signal
+    import socket
+    import sqlite3
+    import subprocess
+    import tempfile
+    import time
+
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        squares = pool.map(abs, range(-3, 1))
+    said = subprocess.run(["sh", "-c", "cat; echo $0 >&2; exit 3"], input=b"in", capture_output=True)
+    with tempfile.NamedTemporaryFile() as file, sqlite3.connect(file.name) as db:
+        total = db.execute("select sum(value) from json_each('[1,2,3]')").fetchone()[0]
+    a, b = socket.socketpair()
+    a.send(b"x")
+    seen: list[int] = []
+    signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    time.sleep(0.05)
+    threads = [threading.Thread(target=seen.append, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    me = [os.getuid(), os.environ["HOME"], os.getcwd(), os.path.exists("/proc/self/status")]
+    random_bits = random.getrandbits(64)
+    return [squares, said.returncode, said.stdout, total, b.recv(1), len(seen), *me, random_bits, number]
+
+
+def test_ordinary_code_works_in_a_function_cold_and_warm() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = [*(everyday(n) for n in range(3)), *pool.map(everyday, range(3, 11))]
+    for number, result in enumerate(results):
+        expected = [[3, 2, 1, 0], 3, b"in", 6, b"x", 4, 1000, "/home/user", "/workspace", True]
+        assert result[:-2] == expected
+        assert result[-1] == number
+    assert len({result[-2] for result in results}) == len(results), "two calls drew the same random numbers"
 
 
 def run_script(tmp_path: Path, source: str, state: Path, *, as_module: bool = False) -> str:
