@@ -206,12 +206,7 @@ class Sandbox:
         tty: bool = False,
         overrides: Mapping[str, Any],
     ) -> Job:
-        if (
-            isinstance(argv, str | bytes)
-            or not argv
-            or not all(isinstance(item, str) and "\0" not in item for item in argv)
-        ):
-            raise ManifestError("the command is a list of strings, the program first", where="argv")
+        _check_program(argv, env or {}, cwd, collect)
         resolved = self._resolve(overrides) if overrides else self._resolved
         context = context or current_context()
         spec = CallSpec(
@@ -348,6 +343,27 @@ def _importable(granted: tuple[str, ...]) -> Callable[[str], bool]:
 @functools.lru_cache(maxsize=1024)
 def _preload(func: Callable[..., Any], granted: tuple[str, ...]) -> tuple[str, ...]:
     return prepare.preload_modules(func, _importable(granted))
+
+
+def _check_program(argv: Sequence[str], env: Mapping[str, str], cwd: str, collect: Sequence[str]) -> None:
+    """Refuse what no program can be started with. Raises ManifestError; nothing has run then."""
+    if isinstance(argv, str | bytes) or not argv or not argv[0] or not all(map(_is_text, argv)):
+        raise ManifestError("the command is a list of strings, the program first", where="argv")
+    for name, value in env.items():
+        if not _is_text(name) or not name or "=" in name or not _is_text(value):
+            raise ManifestError(f"the variable {name!r} cannot be passed: no NUL, and no '=' in its name", where="env")
+    if not _is_text(cwd):
+        raise ManifestError(f"{cwd!r} is not a path", where="cwd")
+    if collect:
+        from sandbox.workspace.collect import parse_pattern
+
+        for pattern in collect:
+            parse_pattern(pattern)
+
+
+def _is_text(text: object) -> bool:
+    """What the kernel can be given as a C string."""
+    return isinstance(text, str) and "\0" not in text
 
 
 class _memfds:  # noqa: N801 - a context manager used like a function

@@ -252,8 +252,10 @@ def _start_tool(launch: Launch) -> int:
     try:
         os.chdir(launch.call["cwd"])
         pid = _fork_on_terminal(launch) if "terminal" in launch.fds else _spawn(launch)
-    except OSError as error:
-        wire.send(launch.status, {"ev": "exec_failed", "errno": error.errno or errno.EIO})
+    except (OSError, ValueError) as error:
+        # ValueError: a name or a text that the kernel never gets to see, such as an empty program.
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        wire.send(launch.status, {"ev": "exec_failed", "errno": number or errno.EIO})
         pid = _failed_child()
     else:
         wire.send(launch.status, {"ev": "executed"})
@@ -321,6 +323,8 @@ def _fork_on_terminal(launch: Launch) -> int:
             os.execvpe(call["argv"][0], call["argv"], call["env"])  # noqa: S606 - this is the point
         except OSError as error:
             os.write(error_write, b"%d" % (error.errno or errno.EIO))
+        except ValueError:
+            os.write(error_write, b"%d" % errno.EINVAL)
         os._exit(127)
     os.close(error_write)
     failure = os.read(error_read, 16)
