@@ -150,7 +150,8 @@ def _raw(terminal: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        # Unread input goes: a tool can make the terminal type answers, which would be the shell's next command.
+        termios.tcsetattr(0, termios.TCSAFLUSH, saved)
 
 
 def is_interactive() -> bool:

@@ -150,7 +150,7 @@ RULES: dict[str, tuple[str, ...]] = {
         ".github/prompts/**",
         ".github/agents/**",
     ),
-    "sandbox-profiles": (".sandbox/**",),
+    "sandbox-profiles": (".sandbox/**", ".config/sandbox/**"),
     "ci": (
         ".github/workflows/**",
         ".github/actions/**",
