@@ -125,16 +125,16 @@ def meet_hosts(one: str, other: str) -> str | None:
         return None
     narrower = min(_protocol(a.protocol, low, high), _protocol(b.protocol, low, high), key=PROTOCOLS.index)
     both = {"low": low, "high": high, "protocol": _protocol(narrower, low, high)}
-    if _host_within(a, b):
+    if pattern_within(a, b):
         return str(a._replace(**both))  # type: ignore[arg-type]
-    return str(b._replace(**both)) if _host_within(b, a) else None  # type: ignore[arg-type]
+    return str(b._replace(**both)) if pattern_within(b, a) else None  # type: ignore[arg-type]
 
 
 def host_within(inner: str, outer: str) -> bool:
     return meet_hosts(inner, outer) == str(parse_host(inner))
 
 
-def _host_within(inner: HostRule, outer: HostRule) -> bool:
+def pattern_within(inner: HostRule, outer: HostRule) -> bool:
     """Compared by labels from the right, never by text: `evil-a.example` is not within `*.a.example`."""
     if (inner.kind == "net") != (outer.kind == "net"):
         return False

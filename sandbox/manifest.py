@@ -12,7 +12,6 @@ import re
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from sandbox.destinations import canonical_denied_host, canonical_host
 from sandbox.errors import ManifestError
@@ -25,6 +24,9 @@ from sandbox.grants import (
     denied_by,
     path_within,
 )
+from sandbox.http_rules import HttpRules, canonical_http
+from sandbox.manifest_secrets import Secrets
+from sandbox.manifest_words import explain as explain
 from sandbox.units import SIZES
 
 Control = Literal[
@@ -121,6 +123,7 @@ Patterns = Annotated[tuple[Annotated[str, AfterValidator(check_pattern)], ...], 
 Beneath = Annotated[tuple[Annotated[str, AfterValidator(check_beneath)], ...], *_List]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(canonical_host)], ...], *_List]
 DeniedHosts = Annotated[tuple[Annotated[str, AfterValidator(canonical_denied_host)], ...], *_List]
+HttpTexts = Annotated[tuple[Annotated[str, AfterValidator(canonical_http)], ...], *_List]
 Programs = Annotated[tuple[Annotated[str, AfterValidator(check_path)], ...], *_List]
 EnvNames = Annotated[tuple[Annotated[str, AfterValidator(_env_name)], ...], *_List]
 EnvName = Annotated[str, AfterValidator(_env_name)]
@@ -148,12 +151,16 @@ class Network(_Section):
     """Hosts by name and port. "none": not even a gateway is there.
 
     The budgets count all flows of the call together; those named `host_…` hold for each host by itself. `on_breach`
-    says what else happens when one is crossed, beside the end of the flow: "kill" ends the call.
+    says what else happens when one is crossed, beside the end of the flow: "kill" ends the call. `http` restricts
+    what hosts may be sent; `extra_roots` are files of authorities that the servers of inspected TLS may have beside
+    the system's.
     """
 
     mode: Literal["none", "allowlist"] = "none"
     allow: Hosts = ()
     deny: DeniedHosts = ()
+    http: HttpTexts = ()
+    extra_roots: Programs = ()
     upload_max_bytes: Bytes | None = 16 * MIB
     download_max_bytes: Bytes | None = 256 * MIB
     rate_bytes_per_s: Annotated[int, _count(1024, BYTES_MAX)] | None = None
@@ -232,6 +239,7 @@ SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "resources": Resources,
     "gpu": Gpu,
     "environment": Environment,
+    "secrets": Secrets,
     "process": Process,
     "audit": Audit,
     "isolation": Isolation,
@@ -262,6 +270,7 @@ class Manifest(BaseModel):
     resources: Resources = Resources()
     gpu: Gpu = Gpu()
     environment: Environment = Field(default_factory=Environment)
+    secrets: Secrets = Field(default_factory=Secrets)
     process: Process = Process()
     audit: Audit = Audit()
     isolation: Isolation = Isolation()
@@ -294,6 +303,7 @@ class Manifest(BaseModel):
         if self.gpu.count and self.gpu.devices:
             message = f"asks for any {self.gpu.count} and gpu.devices for {list(self.gpu.devices)}: say one"
             raise Contradiction(message, "gpu.count", other=("gpu.devices", self.gpu.devices[0]))
+        _check_secrets(self)
         for control in self.isolation.best_effort:
             if control in self.isolation.required:
                 message = f"{control!r} cannot be required and best_effort at once"
@@ -301,7 +311,7 @@ class Manifest(BaseModel):
         return self
 
     def __hash__(self) -> int:
-        # `environment.set` is a dict, so the hash that pydantic generates would fail.
+        # `environment.set` and `secrets` are dicts, so the hash that pydantic generates would fail.
         return hash(self.digest)
 
     @property
@@ -344,6 +354,32 @@ def _check_filesystem(fs: Filesystem) -> None:
         raise Contradiction(message, "filesystem.workspace_mode")
 
 
+def _check_secrets(manifest: Manifest) -> None:
+    rules = HttpRules(manifest.network.http)
+    for name, secret in manifest.secrets.entries.items():
+        key = f"secrets.{name}"
+        if rules.group(secret.host) is None:
+            hint = "add [[network.http]] with that host, and inspect = true for HTTPS"
+            raise Contradiction(f"no HTTP rule names {secret.host}: only there requests are seen", key, hint=hint)
+        if name in manifest.environment.set:
+            other = (f"environment.set.{name}", "")
+            raise Contradiction("is also a variable that environment.set sets: say one", key, other=other)
+        for variable in {name, secret.env}.intersection(manifest.environment.allow):
+            message = f"environment.allow passes the variable {variable} on, and with it the value"
+            raise Contradiction(message, key, other=("environment.allow", variable))
+        if tree := _showing(manifest.filesystem, secret.file):
+            hint = f"deny it: filesystem.deny = [{secret.file!r}]"
+            raise Contradiction(f"the file {secret.file!r} is readable inside, in {tree!r}", key, hint=hint)
+
+
+def _showing(fs: Filesystem, path: str) -> str:
+    """The granted tree in which `path` can be read; empty when there is none."""
+    if not path or denied_by(path, fs.deny):
+        return ""
+    trees = (*fs.read, *fs.write, *filter(None, (fs.workspace,)))
+    return next((tree for tree in trees if tree.startswith("/") and path_within(path, tree)), "")
+
+
 def _check_not_owned(key: str, path: str) -> None:
     if path in _JAIL_OWNS_ITSELF or any(path_within(path, owned) for owned in _JAIL_OWNS if path.startswith("/")):
         hint = "name a directory below it, or ':tmp'" if path.endswith("tmp") else "name the directories it needs"
@@ -359,41 +395,3 @@ def _manifest_error(err: ValidationError) -> ManifestError:
         return ManifestError(str(cause), where=cause.key, hint=cause.hint)
     where = ".".join(str(part) for part in details["loc"])
     return ManifestError(explain(details), where=where)
-
-
-def explain(details: ErrorDetails) -> str:
-    """One pydantic error in our words: the value and what is allowed."""
-    kind, context, value = details["type"], details.get("ctx", {}), repr(details["input"])
-    value = value if len(value) <= 80 else value[:77] + "…"
-    match kind:
-        case "extra_forbidden":
-            return "unknown key"
-        case "greater_than_equal" | "greater_than":
-            return f"{value} is too small; allowed: {context.get('ge', context.get('gt'))} or more"
-        case "less_than_equal" | "less_than":
-            return f"{value} is too large; allowed: {context.get('le', context.get('lt'))} or less"
-        case "literal_error":
-            return f"{value} is not allowed; allowed: {context['expected']}"
-        case "value_error":
-            return str(context["error"])
-        case "finite_number":
-            return f"{value} is not a finite number"
-        case "too_long":
-            return f"has more than {context['max_length']} entries"
-        case "string_too_long":
-            return f"is longer than {context['max_length']} characters"
-    wanted = _TYPES.get(kind)
-    return f"{value} is not {wanted}" if wanted else f"{value}: {details['msg']}"
-
-
-_TYPES: Final = {
-    "int_type": "a whole number",
-    "int_parsing_size": "a number in range",
-    "float_type": "a number",
-    "string_type": "a string",
-    "tuple_type": "a list",
-    "bool_type": "true or false",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "string_too_short": "a name",
-}

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal[
-    "size", "rate", "time", "real", "count", "flag", "word", "path", "grants", "patterns", "programs", "words", "table"
+    "size", "rate", "time", "real", "count", "flag", "word", "path", "grants", "patterns", "programs", "words", "table",
+    "http",
 ]  # fmt: skip
 # limit: smaller is narrower, None is widest. grants: a subset by meaning. denials: a superset. order: earlier in
-# `words` is narrower. fixed: neither is narrower. workspace: judged together with the path grants.
-Meaning = Literal["limit", "grants", "denials", "order", "fixed", "workspace"]
+# `words` is narrower. fixed: neither is narrower. workspace: judged together with the path grants. http: rules that
+# restrict hosts, judged by what they leave.
+Meaning = Literal["limit", "grants", "denials", "order", "fixed", "workspace", "http"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,9 @@ class Field:
         return self.kind in LISTS
 
 
-LISTS: Final = frozenset({"grants", "patterns", "programs", "words"})
-_FS, _NET, _RES, _GPU, _ENV, _PROC, _AUDIT, _ISO = (
-    "filesystem", "network", "resources", "gpu", "environment", "process", "audit", "isolation"
+LISTS: Final = frozenset({"grants", "patterns", "programs", "words", "http"})
+_FS, _NET, _RES, _GPU, _ENV, _SEC, _PROC, _AUDIT, _ISO = (
+    "filesystem", "network", "resources", "gpu", "environment", "secrets", "process", "audit", "isolation"
 )  # fmt: skip
 
 FIELDS: Final[tuple[Field, ...]] = (
@@ -74,6 +76,22 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field(_NET, "mode", "word", "order", alias="network", words=("none", "allowlist"), help="Implied by allow."),
     Field(_NET, "allow", "words", "grants", alias="allow_hosts", help="'host:port', '*.host', 'CIDR:port'."),
     Field(_NET, "deny", "words", "denials", alias="deny_hosts", help="Rules that win over allow."),
+    Field(
+        _NET,
+        "http",
+        "http",
+        "http",
+        alias="http",
+        help="What hosts may be sent: '[deny] METHODS HOST [PATH] [inspect]', or a table with those keys.",
+    ),
+    Field(
+        _NET,
+        "extra_roots",
+        "grants",
+        "grants",
+        alias="extra_roots",
+        help="Files of authorities, beside the system's, for the servers of inspected TLS.",
+    ),
     Field(_NET, "upload_max", "size", "limit", "upload_max_bytes", "upload_max", unlimited=True, help="Bytes out."),
     Field(
         _NET, "download_max", "size", "limit", "download_max_bytes", "download_max", unlimited=True, help="Bytes in."
@@ -116,6 +134,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field(_GPU, "allow_mps", "flag", "order", words=("false", "true"), help="Whether MPS sharing is acceptable."),
     Field(_ENV, "allow", "words", "grants", alias="env_allow", help="Variables passed on from the caller."),
     Field(_ENV, "set", "table", "grants", alias="env_set", help="Variables with a given value."),
+    Field(_SEC, "entries", "table", "grants", help="Values that the gateway sets as a header for one host."),
     Field(
         _PROC,
         "allow_exec",
@@ -154,8 +173,17 @@ ALIASES: Final = {field.alias: field for field in FIELDS if field.alias}
 # "$schema" is for editors of JSON files; nothing reads it here.
 TOP_KEYS: Final = ("name", "description", "extends", "remove", "sealed", "$schema")
 SETTING: Final = "environment.set"
+SECRETS: Final = "secrets.entries"
+# Tables whose keys are the user's: each entry is a scalar of its own. `[secrets]` is such a table as a whole.
+_PREFIXES: Final = {SETTING: "environment.set.", SECRETS: "secrets."}
 
 
-def setting_key(name: str) -> str:
-    """The key path of one variable of `environment.set`."""
-    return f"{SETTING}.{name}"
+def entry_key(table: str, name: str) -> str:
+    """The key path of one entry of a table: of a variable of `environment.set`, or of a secret."""
+    return _PREFIXES[table] + name
+
+
+def table_of(key: str) -> tuple[str, str] | None:
+    """The table and the name in it that a scalar's key path means; None for any other key."""
+    found = (table for table, prefix in _PREFIXES.items() if key.startswith(prefix))
+    return next(((table, key.removeprefix(_PREFIXES[table])) for table in found), None)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sandbox.errors import ManifestError, ProfileError
 from sandbox.grants import denied_by
 from sandbox.manifest import SECTIONS, Contradiction, Manifest, explain
-from sandbox.profile_fields import BY_KEY, BY_MANIFEST_KEY, FIELDS, SETTING, Field, setting_key
+from sandbox.profile_fields import BY_KEY, BY_MANIFEST_KEY, FIELDS, Field, entry_key, table_of
 from sandbox.units import format_rate, format_size, format_time
 
 # Order says something only here: the first device is the call's device 0.
@@ -100,8 +100,8 @@ def merge(parent: Layer, child: Layer) -> Layer:
     """Lay `child` over `parent`. Name and description are the child's alone, `sealed` is not inherited here."""
     scalars, lists = dict(parent.scalars), dict(parent.lists)
     for key, (_, entries) in child.removes.items():
-        if key == SETTING:
-            _remove_settings(scalars, entries)
+        if BY_KEY[key].kind == "table":
+            _remove_from_table(scalars, key, entries)
         else:
             _remove_entries(lists, key, entries)
     scalars.update(child.scalars)
@@ -134,12 +134,12 @@ def _remove_entries(lists: dict[str, Items], key: str, entries: Items | None) ->
     lists[key] = tuple(item for item in inherited if item.value not in gone)
 
 
-def _remove_settings(scalars: dict[str, Item], entries: Items | None) -> None:
-    inherited = [key for key in scalars if key.startswith(SETTING + ".")]
+def _remove_from_table(scalars: dict[str, Item], table: str, entries: Items | None) -> None:
+    inherited = [key for key in scalars if (found := table_of(key)) and found[0] == table]
     for entry in entries or ():
-        if setting_key(entry.value) not in scalars:
-            raise entry.origin.error(f"{entry.value!r} is not inherited by {SETTING}")
-    for key in inherited if entries is None else [setting_key(entry.value) for entry in entries]:
+        if entry_key(table, entry.value) not in scalars:
+            raise entry.origin.error(f"{entry.value!r} is not inherited by {table.removesuffix('.entries')}")
+    for key in inherited if entries is None else [entry_key(table, entry.value) for entry in entries]:
         del scalars[key]
 
 
@@ -150,8 +150,8 @@ def from_manifest(manifest: Manifest, file: str) -> Layer:
     for spec in FIELDS:
         value = getattr(getattr(manifest, spec.section), spec.field)
         origin = Origin(file, spec.key if file != "default" else "")
-        if spec.key == SETTING:
-            scalars.update({setting_key(name): Item(text, origin) for name, text in value.items()})
+        if spec.kind == "table":
+            scalars.update({entry_key(spec.key, name): Item(entry, origin) for name, entry in value.items()})
         elif spec.is_list:
             if value is not None:
                 lists[spec.key] = tuple(Item(entry, origin) for entry in value)
@@ -204,10 +204,10 @@ def _settle_workspace(layer: Layer) -> Layer:
 def to_manifest(layer: Layer) -> Manifest:
     """Build the manifest of a complete layer. Raises ManifestError naming where the bad value was written."""
     sections: dict[str, Any] = {name: {} for name in SECTIONS}
-    sections["environment"]["set"] = {}
     for key, item in layer.scalars.items():
-        if key.startswith(SETTING + "."):
-            sections["environment"]["set"][key.removeprefix(SETTING + ".")] = item.value
+        if table := table_of(key):
+            spec = BY_KEY[table[0]]
+            sections[spec.section].setdefault(spec.field, {})[table[1]] = item.value
         else:
             sections[BY_KEY[key].section][BY_KEY[key].field] = item.value
     for key, items in layer.lists.items():

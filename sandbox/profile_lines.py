@@ -30,8 +30,14 @@ class KeyLines:
         for path, line in self._order:
             self._lines.setdefault(path, line)
 
-    def line(self, path: tuple[str, ...], entry: str = "") -> int:
-        """The nearest known line: a key inside an inline table has its table's line."""
+    def line(self, path: tuple[str, ...], entry: str = "", index: int = 0) -> int:
+        """The nearest known line: a key inside an inline table has its table's line.
+
+        `index`: which of several tables of that name, `[[network.http]]`.
+        """
+        if index and not entry:
+            tables = [line for known, line in self._order if known == path]
+            return tables[index] if index < len(tables) else self._lines.get(path, 0)
         while path and path not in self._lines:
             path = path[:-1]
         first = self._lines.get(path, 0)

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from sandbox.destinations import meet_hosts
 from sandbox.errors import ProfileError
 from sandbox.grants import denied_by, meet_paths, path_within
-from sandbox.profile_fields import FIELDS, SETTING, Field
+from sandbox.http_rules import beyond, meet_http
+from sandbox.profile_fields import FIELDS, Field, table_of
 from sandbox.profile_layers import Item, Items, Layer, Origin, find_origin
 
 READ, WRITE, DENY = "filesystem.read", "filesystem.write", "filesystem.deny"
+ALLOW, HTTP = "network.allow", "network.http"
 WORKSPACE, MODE = "filesystem.workspace", "filesystem.workspace_mode"
 COUNT, DEVICES = "gpu.count", "gpu.devices"
 
@@ -38,9 +40,11 @@ def widenings(inner: Layer, outer: Layer) -> list[Widening]:
     """Every way in which `inner` allows more than `outer`; empty means that it only narrows."""
     found = [*_wider_paths(inner, outer), *_wider_settings(inner, outer), *_wider_gpus(inner, outer)]
     for spec in FIELDS:
-        if spec.key in (READ, WRITE, SETTING, COUNT, DEVICES) or spec.meaning == "workspace":
+        if spec.key in (READ, WRITE, COUNT, DEVICES) or spec.kind == "table" or spec.meaning == "workspace":
             continue
-        if spec.is_list:
+        if spec.meaning == "http":
+            found += _wider_http(inner, outer)
+        elif spec.is_list:
             found += _wider_list(spec, inner, outer)
         elif not _scalar_within(spec, inner.scalars[spec.key].value, outer.scalars[spec.key].value):
             found.append(_scalar_widening(spec.key, inner, outer))
@@ -124,11 +128,20 @@ def _wider_paths(inner: Layer, outer: Layer) -> list[Widening]:
 def _wider_settings(inner: Layer, outer: Layer) -> list[Widening]:
     found = []
     for key, item in inner.scalars.items():
-        if key.startswith(SETTING + "."):
+        if table_of(key):
             fixed = outer.scalars.get(key)
             if fixed is None or fixed.value != item.value:
                 was = repr(fixed.value) if fixed else "not set"
                 found.append(Widening(key, repr(item.value), item.origin, was, find_origin(outer, key)))
+    return found
+
+
+def _wider_http(inner: Layer, outer: Layer) -> list[Widening]:
+    """A host that the outer side restricts has to be restricted as much by the inner one, where it is reached."""
+    found = []
+    for rule, limit in beyond(inner.values(HTTP), outer.values(HTTP), inner.values(ALLOW)):
+        origin = find_origin(inner, HTTP, rule) if rule else inner.removed.get(HTTP) or find_origin(inner, ALLOW)
+        found.append(Widening(HTTP, repr(rule) if rule else "no rule", origin, repr(limit), find_origin(outer, HTTP)))
     return found
 
 
@@ -179,9 +192,18 @@ def _cap_list(spec: Field, layer: Layer, ceiling: Layer) -> Items:
     mine, theirs = layer.items(spec.key), ceiling.items(spec.key)
     if spec.meaning == "denials":
         return (*mine, *(item for item in theirs if item.value not in layer.values(spec.key)))
+    if spec.meaning == "http":
+        return _cap_http(mine, theirs)
     if spec.key not in layer.lists:
         return theirs
     return meet_items(mine, theirs, _meeting(spec))
+
+
+def _cap_http(mine: Items, theirs: Items) -> Items:
+    """Both sides restrict, so what is left is what both permit; the ceiling's own rules come along."""
+    known = {item.value: item for item in (*theirs, *mine)}
+    met = meet_http([item.value for item in mine], [item.value for item in theirs])
+    return tuple(known.get(text) or Item(text, theirs[0].origin) for text in met)
 
 
 def meet_items(mine: Iterable[Item], theirs: Items, meet: Callable[[str, str], str | None]) -> Items:

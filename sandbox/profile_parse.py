@@ -18,9 +18,20 @@ from pydantic import ValidationError
 
 from sandbox.grants import check_text, has_glob
 from sandbox.manifest import SECTIONS, Manifest
-from sandbox.profile_fields import ALIASES, BY_KEY, BY_MANIFEST_KEY, FIELDS, SETTING, TOP_KEYS, Field, setting_key
+from sandbox.profile_fields import (
+    ALIASES,
+    BY_KEY,
+    BY_MANIFEST_KEY,
+    FIELDS,
+    SECRETS,
+    SETTING,
+    TOP_KEYS,
+    Field,
+    entry_key,
+)
 from sandbox.profile_layers import Item, Items, Layer, Origin, dedup, explain_field
 from sandbox.profile_lines import KeyLines
+from sandbox.profile_tables import entry_value, rule_text
 from sandbox.units import UNLIMITED, parse_rate, parse_size, parse_time
 
 # Where a program given by its name is looked up: the jail's own PATH, never the caller's.
@@ -35,7 +46,7 @@ _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     "path": ((str,), "a path"),
 }
 # These say how a tool works, not what it may do: an intersection has no meaning for them.
-NOT_IN_CEILING: Final = frozenset({SETTING, "filesystem.workspace", "filesystem.workspace_mode"})
+NOT_IN_CEILING: Final = frozenset({SETTING, SECRETS, "filesystem.workspace", "filesystem.workspace_mode"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +59,9 @@ class Source:
     lines: KeyLines | None = None
     ceiling: bool = False
 
-    def origin(self, *path: str, asked: str = "") -> Origin:
+    def origin(self, *path: str, asked: str = "", index: int = 0) -> Origin:
         full = (*self.prefix, *path)
-        line = self.lines.line(full, asked) if self.lines else 0
+        line = self.lines.line(full, asked, index) if self.lines else 0
         return Origin(self.file, ".".join(full), line, asked)
 
 
@@ -64,8 +75,8 @@ def parse_layer(table: Mapping[str, Any], source: Source) -> Layer:
                 raise source.origin(section).error("has no place in a ceiling, which only takes away")
             continue
         for spec, raw in _section(section, body, source):
-            if spec.key == SETTING:
-                scalars.update(_settings(raw, source))
+            if spec.kind == "table":
+                scalars.update(_table(spec, raw, source))
             elif spec.is_list:
                 lists[spec.key] = _list(spec, raw, source)
             else:
@@ -116,6 +127,11 @@ def _section(section: str, body: Any, source: Source) -> list[tuple[Field, Any]]
     origin = source.origin(section)
     if section not in SECTIONS:
         raise origin.error("unknown key", hint=_suggest(section, [*SECTIONS, *TOP_KEYS], list(ALIASES)))
+    if section == "secrets":
+        # The keys of this section are the user's own.
+        if source.ceiling:
+            raise origin.error("has no place in a ceiling, which only takes away")
+        return [(BY_KEY[SECRETS], body)]
     if not isinstance(body, Mapping):
         raise origin.error(f"{_show(body)} is not a table")
     names = [spec.name for spec in FIELDS if spec.section == section]
@@ -178,17 +194,18 @@ def _list(spec: Field, raw: Any, source: Source) -> Items:
         hint = f"write [{_show(raw)}]" if isinstance(raw, str) else ""
         raise source.origin(spec.section, spec.name).error(f"{_show(raw)} is not a list", hint=hint)
     entries = sorted(raw, key=str) if isinstance(raw, (set, frozenset)) else raw
-    return dedup(item for entry in entries for item in _entry(spec, entry, source))
+    return dedup(item for index, entry in enumerate(entries) for item in _entry(spec, entry, source, index=index))
 
 
-def _entry(spec: Field, raw: Any, source: Source, *, path: tuple[str, ...] = ()) -> Items:
+def _entry(spec: Field, raw: Any, source: Source, *, path: tuple[str, ...] = (), index: int = 0) -> Items:
     if isinstance(raw, os.PathLike) and spec.kind != "words":
         raw = os.fspath(raw)
     asked = raw if isinstance(raw, str) else ""
-    origin = source.origin(*(path or (spec.section, spec.name)), asked=asked)
-    if not isinstance(raw, str):
-        raise origin.error(f"the entry {_show(raw)} is not a string")
+    origin = source.origin(*(path or (spec.section, spec.name)), asked=asked, index=index)
     try:
+        raw = rule_text(raw) if spec.kind == "http" else raw
+        if not isinstance(raw, str):
+            raise ValueError(f"the entry {_show(raw)} is not a string")
         values, optional = _expand(spec, raw, source.base)
     except ValueError as err:
         raise origin.error(str(err)) from err
@@ -257,17 +274,20 @@ def _expand_words(text: str) -> str:
     return expanded
 
 
-def _settings(raw: Any, source: Source) -> dict[str, Item]:
-    section, name = SETTING.split(".")
+def _table(spec: Field, raw: Any, source: Source) -> dict[str, Item]:
+    """A table whose keys are the user's: variables of `environment.set`, or secrets."""
+    path = tuple(entry_key(spec.key, "").rstrip(".").split("."))
     if not isinstance(raw, Mapping):
-        raise source.origin(section, name).error(f"{_show(raw)} is not a table")
+        raise source.origin(*path).error(f"{_show(raw)} is not a table")
     items = {}
-    for variable, value in raw.items():
-        origin = source.origin(section, name, str(variable))
-        if not isinstance(value, str):
-            raise origin.error(f"{_show(value)} is not a string", hint=f'write "{value}"')
-        _checked(BY_KEY[SETTING], {variable: value}, origin, "")
-        items[setting_key(variable)] = Item(value, origin)
+    for name, value in raw.items():
+        origin = source.origin(*path, str(name))
+        try:
+            entry = entry_value(spec.key, value, lambda text: real_path(text, source.base))
+        except ValueError as err:
+            raise origin.error(str(err), hint=f'write "{value}"' if isinstance(value, (int, float)) else "") from None
+        _checked(spec, {name: entry}, origin, "")
+        items[entry_key(spec.key, name)] = Item(entry, origin)
     return items
 
 

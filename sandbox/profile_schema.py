@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final, get_args
 
+from sandbox.http_rules import KEYS as HTTP_KEYS
 from sandbox.manifest import CONTROLS, SECTIONS, Manifest
-from sandbox.profile_fields import FIELDS, SETTING, Field
+from sandbox.manifest_secrets import Secret
+from sandbox.profile_fields import FIELDS, SECRETS, SETTING, Field
 from sandbox.units import (
     RATE_PATTERN,
     SIZE_PATTERN,
@@ -22,6 +24,7 @@ _PATTERNS: Final = {
     "rate": (RATE_PATTERN, "50MiB/s"),
     "time": (TIME_PATTERN, "30s"),
 }
+_VARIABLE: Final = {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"}
 _WORDS: Final[dict[str, tuple[str, ...]]] = {
     "isolation.required": CONTROLS,
     "isolation.best_effort": CONTROLS,
@@ -40,7 +43,9 @@ def to_file_form(manifest: Manifest, *, defaults: bool = False) -> dict[str, Any
         value = getattr(getattr(manifest, spec.section), spec.field)
         if spec.is_list and value is None:
             continue
-        if defaults or value != getattr(getattr(plain, spec.section), spec.field):
+        if spec.key == SECRETS:
+            form.update({"secrets": _file_value(spec, value)} if value else {})
+        elif defaults or value != getattr(getattr(plain, spec.section), spec.field):
             form.setdefault(spec.section, {})[spec.name] = _file_value(spec, value)
     return form
 
@@ -56,6 +61,8 @@ def format_value(spec: Field, value: Any) -> str:
 def _file_value(spec: Field, value: Any) -> Any:
     if spec.key == SETTING:
         return dict(value)
+    if spec.key == SECRETS:
+        return {name: secret.model_dump(exclude_defaults=True) for name, secret in value.items()}
     if value is None:
         return UNLIMITED
     if spec.kind in _FORMATS:
@@ -89,6 +96,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def _section_schema(section: str) -> dict[str, Any]:
+    if section == "secrets":
+        return _secrets_schema()
     fields = [spec for spec in FIELDS if spec.section == section]
     return {
         "type": "object",
@@ -108,10 +117,11 @@ def _plain_schema(spec: Field) -> dict[str, Any]:
         pattern, example = _PATTERNS[spec.kind]
         return {"type": "string", "pattern": pattern, "examples": [example]}
     if spec.kind == "table":
-        name = {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"}
-        return {"type": "object", "propertyNames": name, "additionalProperties": {"type": "string"}}
+        return {"type": "object", "propertyNames": _VARIABLE, "additionalProperties": {"type": "string"}}
     if spec.is_list:
         items: dict[str, Any] = {"type": "string", "minLength": 1}
+        if spec.kind == "http":
+            items = {"anyOf": [items, _http_schema()]}
         if spec.key in _WORDS:
             items = {"enum": list(_WORDS[spec.key])}
         return {"type": "array", "items": items}
@@ -122,6 +132,31 @@ def _plain_schema(spec: Field) -> dict[str, Any]:
     if spec.kind in ("count", "real"):
         return {"type": "integer" if spec.kind == "count" else "number", **_range(spec)}
     return {"type": "string"}
+
+
+def _http_schema() -> dict[str, Any]:
+    """A rule as a table; the one-line form is a string."""
+    method = {"type": "string", "pattern": r"^(\*|[A-Z][A-Z0-9_-]*(,[A-Z][A-Z0-9_-]*)*)$"}
+    properties: dict[str, Any] = {
+        "host": {"type": "string", "minLength": 1, "description": "A name, '*.name', '**.name' or CIDR; no port."},
+        "method": {"anyOf": [method, {"type": "array", "items": method, "minItems": 1}]},
+        "path": {"type": "string", "pattern": "^/[^ ?#]*$", "examples": ["/repos/**"]},
+        "access": {"enum": ["allow", "deny"]},
+        "inspect": {"type": "boolean", "description": "Also for HTTPS: the gateway ends TLS and looks inside."},
+    }
+    assert tuple(properties) == HTTP_KEYS
+    return {"type": "object", "required": ["host"], "additionalProperties": False, "properties": properties}
+
+
+def _secrets_schema() -> dict[str, Any]:
+    entry = Secret.model_json_schema()
+    properties = {
+        name: {key: value for key, value in body.items() if key not in ("title", "default")}
+        for name, body in entry["properties"].items()
+    }
+    secret = {"type": "object", "required": ["host"], "additionalProperties": False, "properties": properties}
+    text = "Values that never enter the jail: the gateway sets each as a header of requests to its one host."
+    return {"type": "object", "description": text, "propertyNames": _VARIABLE, "additionalProperties": secret}
 
 
 def _range(spec: Field) -> dict[str, Any]:
@@ -143,8 +178,12 @@ def _range(spec: Field) -> dict[str, Any]:
 def _remove_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for spec in FIELDS:
-        if (spec.is_list and spec.name != "deny") or spec.key == SETTING:
-            entries = {"type": "array", "items": {"type": "string"}}
+        entries: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
+        if spec.kind == "http":
+            entries["items"] = {"anyOf": [entries["items"], _http_schema()]}
+        if spec.key == SECRETS:
+            properties[spec.section] = {"anyOf": [entries, {"const": True}]}
+        elif (spec.is_list and spec.name != "deny") or spec.key == SETTING:
             keys = properties.setdefault(
                 spec.section, {"type": "object", "additionalProperties": False, "properties": {}}
             )

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from sandbox.errors import ManifestError, ProfileError
 from sandbox.manifest import Manifest
-from sandbox.profile_fields import BY_MANIFEST_KEY, FIELDS, SETTING
+from sandbox.profile_fields import BY_MANIFEST_KEY, FIELDS, SECRETS, SETTING, table_of
 from sandbox.profile_files import Place, all_places, find, is_path, place_of_file, read
 from sandbox.profile_layers import (
     Item,
@@ -313,7 +313,7 @@ def _under_ceiling(layer: Layer, path: Path) -> tuple[Layer, tuple[str, ...], st
 def _check_paths(layer: Layer) -> tuple[Layer, tuple[str, ...]]:
     """Refuse grants that are not there; drop optional ones, with a note."""
     notes: list[str] = []
-    for key in ("filesystem.read", "filesystem.write", "process.allow_exec"):
+    for key in ("filesystem.read", "filesystem.write", "process.allow_exec", "network.extra_roots"):
         if key not in layer.lists:
             continue
         kept: list[Item] = []
@@ -348,8 +348,9 @@ def _origins(layer: Layer) -> Iterator[tuple[str, Origin]]:
             yield spec.key, find_origin(layer, spec.key)
             for item in layer.items(spec.key):
                 yield f"{spec.key}[{item.value}]", item.origin
-    settings = [item.origin for key, item in layer.scalars.items() if key.startswith(SETTING + ".")]
-    yield SETTING, settings[-1] if settings else Origin("default", SETTING)
+    for table in (SETTING, SECRETS):
+        written = [item.origin for key, item in layer.scalars.items() if (found := table_of(key)) and found[0] == table]
+        yield table, written[-1] if written else Origin("default", table)
 
 
 def _links(layer: Layer) -> dict[str, str]:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "sandbox"
 # the files that it was split into for length: a file `profile_NAME.py` is part of `profiles` and has its place.
 LAYERS = (
     ("cli", "tool", "integrations", "fleet", "testing"),
-    ("runtime", "link", "prepare"),
+    ("runtime", "link", "prepare", "why"),
     ("supervisor",),
     ("profiles", "planner", "launchers", "egress", "workspace", "gpu", "quotas", "monitor", "audit"),
     (
@@ -34,13 +34,15 @@ LAYERS = (
         "grants",
         "units",
         "destinations",
+        "http_rules",
+        "http_paths",
         "suffixes",
     ),
     ("_linux",),
     ("errors",),
 )
 RANK = {part: len(LAYERS) - index for index, layer in enumerate(LAYERS) for part in layer}
-SPLIT = {"profile": "profiles", "host": "host", "runtime": "runtime", "planner": "planner"}
+SPLIT = {"profile": "profiles", "host": "host", "runtime": "runtime", "planner": "planner", "manifest": "manifest", "prepare": "prepare"}
 
 HEAVY = ("pydantic", "typer", "rich", "cryptography", "docker", "numpy", "pandas", "asyncio", "ctypes", "cloudpickle")
 

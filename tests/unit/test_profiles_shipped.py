@@ -13,6 +13,7 @@ import pytest
 
 from sandbox import profiles
 from sandbox.errors import ManifestError
+from sandbox.manifest_secrets import Secret
 from sandbox.profile_fields import FIELDS
 from sandbox.profile_files import shipped_dir
 from sandbox.profile_schema import json_schema, to_file_form
@@ -104,8 +105,9 @@ def test_the_schema_is_a_schema_and_knows_every_key() -> None:
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     for field in FIELDS:
-        entry = schema["properties"][field.section]["properties"][field.name]
-        assert entry["description"]
+        section = schema["properties"][field.section]
+        assert (section if field.section == "secrets" else section["properties"][field.name])["description"]
+    assert set(schema["properties"]["secrets"]["additionalProperties"]["properties"]) == set(Secret.model_fields)
     assert schema["properties"]["resources"]["properties"]["pids"]["maximum"] == 4194304
     assert schema["properties"]["gpu"]["properties"]["sm_percent"]["anyOf"][0]["maximum"] == 100
 
@@ -127,6 +129,13 @@ def test_the_schema_is_a_schema_and_knows_every_key() -> None:
         {"environment": {"set": {"N": 1}}},
         {"remove": {"filesystem": {"deny": True}}},
         {"sealed": 1},
+        {"network": {"http": [{"method": "GET"}]}},
+        {"network": {"http": [{"host": "x.org", "path": "x"}]}},
+        {"network": {"http": [{"host": "x.org", "access": "maybe"}]}},
+        {"network": {"http": [{"host": "x.org", "port": 1}]}},
+        {"secrets": {"A": {"env": "A"}}},
+        {"secrets": {"A": {"host": "x.org", "value": "v"}}},
+        {"secrets": {"A-B": {"host": "x.org"}}},
         {"extends": ""},
     ],
 )
@@ -143,6 +152,11 @@ def test_what_the_schema_refuses_we_refuse_too(table: dict[str, Any]) -> None:
         {"extends": "python", "sealed": True, "remove": {"environment": {"allow": True, "set": []}}},
         {"extends": ["python", "shell"], "resources": {"memory": "1.5 GiB", "cpu_time": "unlimited", "cpus": 2}},
         {"gpu": {"memory": "4GiB", "sm_percent": 50, "time": "1h"}, "network": {"upload_max": "unlimited"}},
+        {"network": {"allow": ["x.org"], "http": [{"host": "x.org", "method": ["GET"], "inspect": True}]}},
+        {
+            "network": {"allow": ["x.org"], "http": ["GET x.org /a/** inspect", {"host": "x.org", "access": "deny"}]},
+            "secrets": {"A": {"host": "x.org", "format": "Bearer {}", "env": "A"}},
+        },
     ],
 )
 def test_what_the_schema_takes_we_take_too(table: dict[str, Any]) -> None:
@@ -153,14 +167,14 @@ def test_what_the_schema_takes_we_take_too(table: dict[str, Any]) -> None:
 def test_the_examples_of_the_page_on_profiles_work(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/profiles.md").read_text()
     blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         jsonschema.validate(tomllib.loads(block), json_schema())
-    for number, block in enumerate(blocks[:2]):
+    for number, block in enumerate(blocks[:3]):
         file = tmp_path / f"example{number}.toml"
         file.write_text(block)
         assert resolve(file)
-    (tmp_path / "ceiling.toml").write_text(blocks[2])
+    (tmp_path / "ceiling.toml").write_text(blocks[3])
     assert resolve("python", ceiling=tmp_path / "ceiling.toml").manifest.isolation.best_effort == ()
-    for field in FIELDS:
-        assert f"`{field.name}`" in page, field.key
+    for name in (*(field.name for field in FIELDS if field.section != "secrets"), *Secret.model_fields):
+        assert f"`{name}`" in page, name
