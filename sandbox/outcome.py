@@ -44,8 +44,9 @@ class Seen:
     """What was observed of one call's end.
 
     `exit_status`: the tool's wait status, None when pid 1 never reported one. `stopped`: why the supervisor ended
-    the call (`wall_time`, `output`, `memory`, `cpu_time`, `network`, `gateway`, `caller`, `killed`, `revoked`), if it
-    did. `step_failed`: the launch step that failed with its errno. `exec_errno`: the program could not be executed.
+    the call (`wall_time`, `output`, `memory`, `cpu_time`, `network`, `gateway`, `gpu` without a grant, `gpu_lost:NAME`,
+    a limit of its GPU, `caller`, `killed`, `revoked`), if it did. `step_failed`: the launch step that failed with its
+    errno. `exec_errno`: the program could not be executed.
     """
 
     exit_status: int | None = None
@@ -63,6 +64,10 @@ _LIMIT_TEXT = {
     "memory": "more memory than the limit allows",
     "cpu_time": "the CPU time ran out",
     "network": "more network traffic than the budgets allow",
+    "gpu_memory": "more GPU memory than the limit allows",
+    "gpu_seconds": "the GPU time ran out",
+    "gpu_energy": "more energy on the GPU than the limit allows",
+    "gpu_processes": "more processes on the GPU than the limit allows",
 }
 
 
@@ -79,6 +84,11 @@ def classify(seen: Seen) -> Ending:
     if seen.stopped == "gateway":
         message = "the egress gateway was lost, and the call with it: nothing passes without it"
         return Ending("lost", "us", code, number, message=message)
+    if seen.stopped == "gpu":
+        return Ending("denied", "tool", code, number, message="used a GPU that it was not granted")
+    if seen.stopped.startswith("gpu_lost:"):
+        name = seen.stopped.partition(":")[2]
+        return Ending("lost", "host", code, number, message=f"the GPU was lost under the call: NVML: {name}")
     if seen.stopped == "revoked":
         return Ending("revoked", "caller", code, number, message="revoked while it ran")
     if seen.stopped:

@@ -89,6 +89,7 @@ class LaunchPlan:
 
     `template`: what a process needs from which jails for this plan may be forked; None when each is built anew.
     `egress`: what the gateway permits and how much; None when there is no network.
+    `gpu`: which GPUs are wished for, with their limits; None without any.
     """
 
     launcher: str
@@ -103,6 +104,7 @@ class LaunchPlan:
     notes: tuple[str, ...] = ()
     template: Mapping[str, Any] | None = None
     egress: Mapping[str, Any] | None = None
+    gpu: Mapping[str, Any] | None = None
 
     def limit(self, control: str) -> Limit | None:
         """The limit of that name, or None when the manifest does not ask for it."""

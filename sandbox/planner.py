@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandbox import planner_egress
+from sandbox import planner_egress, planner_gpu
 from sandbox.errors import Unenforceable
 from sandbox.host import Control, HostFacts, controls
 from sandbox.manifest import Manifest
@@ -82,6 +82,8 @@ PROC_MASKED = (
     "vmallocinfo",
 )
 PROC_READ_ONLY = ("bus", "driver", "dynamic_debug", "fs", "irq", "sys", "sysrq-trigger")
+# Of what the kernel counts per user. 64 watchers are more than any build tool opens.
+USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanotify_groups": 0}
 PRIVATE_PLACES = {"/tmp": "tmp", "/var/tmp": "var-tmp", HOME: "home", "/dev/shm": "shm"}  # noqa: S108 - inside
 NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")
 DENY_ENTRIES_MAX = 1_000_000
@@ -134,6 +136,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     """
     table = controls(facts)
     limits = tuple(_with_scope(limit, manifest, call) for limit in _limits(manifest, table, facts))
+    limits += planner_gpu.limits(manifest, facts)
     _refuse_missing(manifest, limits, facts)
     affinity = _mechanism(limits, "cpus") == "cpu affinity"
     steps = (
@@ -141,7 +144,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         *_call_steps(manifest, call, facts, around, limits),
         Step("exec", "tool"),
     )
-    return LaunchPlan(
+    plan = LaunchPlan(
         launcher="jail",
         steps=steps,
         limits=limits,
@@ -161,6 +164,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
             "missing": [] if facts.landlock_abi else ["landlock"],
         },
     )
+    return planner_gpu.complete(plan, manifest, facts)
 
 
 def _limits(manifest: Manifest, table: Mapping[str, Control], facts: HostFacts) -> tuple[Limit, ...]:
@@ -182,10 +186,10 @@ def _limits(manifest: Manifest, table: Mapping[str, Control], facts: HostFacts) 
         "syscalls": "default",
         "gpu": manifest.gpu.count or len(manifest.gpu.devices),
     }
-    limits = (_limit(name, value, table[name]) for name, value in asked.items() if value is not None)
-    return tuple(
-        planner_egress.limit(manifest, facts, limit) if limit.control == "network" else limit for limit in limits
-    )
+    limits = {name: _limit(name, value, table[name]) for name, value in asked.items() if value is not None}
+    limits["network"] = planner_egress.limit(manifest, facts, limits["network"])
+    limits["gpu"] = planner_gpu.limit(manifest, limits["gpu"])
+    return tuple(limits.values())
 
 
 def _limit(name: str, value: int | float | str | None, control: Control) -> Limit:
@@ -214,12 +218,15 @@ def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFa
     missing: dict[str, str] = {}
     for limit in limits:
         strict = limit.control in isolation.required
-        if limit.level != "full" and (strict or limit.control not in isolation.best_effort):
+        if limit.level == "full" or planner_gpu.is_acceptable(limit, manifest):
+            continue
+        if strict or limit.control not in isolation.best_effort:
             missing[limit.control] = f"{limit.level} here: {limit.reason or limit.mechanism}"
     if refusal := planner_egress.refusal(manifest, facts):
         missing["network"] = refusal
-    if manifest.gpu.count or manifest.gpu.devices:
-        missing["gpu"] = "granting a GPU is not possible in this version yet"
+    gpu_refusal, gpu_fix = planner_gpu.refusal(manifest, facts)
+    if gpu_refusal:
+        missing["gpu"] = gpu_refusal
     if isolation.launcher != "jail":
         missing["launcher"] = _NOT_YET.get(isolation.launcher, f"no launcher is called {isolation.launcher!r}")
     if isolation.minimum != "namespaces":
@@ -232,7 +239,8 @@ def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFa
     if missing:
         fixes = [table[name].fix for name in missing if name in table and table[name].fix]
         names = [name for name in missing if name in table and name not in ("network", "gpu")]
-        hints = list(dict.fromkeys(fixes))
+        names += ["gpu"] if any(name.startswith("gpu_") for name in missing) else []
+        hints = list(dict.fromkeys([*fixes, *([gpu_fix] if gpu_fix else [])]))
         # Without a jail there is nothing to accept less of.
         if names and "processes" not in missing:
             hints.append(f"or accept less: best_effort = {sorted({*isolation.best_effort, *names})}")

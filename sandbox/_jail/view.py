@@ -79,8 +79,13 @@ def devices(launch: Launch, args: dict[str, Any]) -> None:
     os.mkdir(f"{dev}/mqueue")
     for name in args["nodes"]:
         target = f"{dev}/{name}"
+        if "/" in name:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         mounts.bind(f"/dev/{name}", target, mounts.ATTR_NOSUID | mounts.ATTR_NOEXEC)
+    for name, (major, minor) in args.get("numbers", {}).items():
+        if os.stat(f"{dev}/{name}").st_rdev != os.makedev(major, minor):
+            raise OSError(errno.ESTALE, f"/dev/{name} is not the device that was granted")
     links = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
     for name, where in links.items():
         os.symlink(where, f"{dev}/{name}")

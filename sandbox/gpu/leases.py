@@ -48,6 +48,10 @@ class Lease:
         """Give the unit back. Safe to call again."""
         if self._fds:
             os.ftruncate(self._fds[0], 0)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Give it back as a holder that dies would: what was noted stays for the next one."""
         while self._fds:
             os.close(self._fds.pop())
 

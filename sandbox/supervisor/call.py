@@ -14,7 +14,8 @@ import os
 import struct
 import termios
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from sandbox.launchers.jail import Jail
 from sandbox.outcome import Seen
@@ -22,6 +23,9 @@ from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
 from sandbox.supervisor.egress import CallEgress
 from sandbox.supervisor.pump import Budget, InputPump, OutputPump
+
+if TYPE_CHECKING:
+    from sandbox.supervisor.gpu_call import CallGpu
 
 POLL_S = 0.05
 DRAIN_TIMEOUT_S = 2.0
@@ -44,6 +48,9 @@ class Call:
         self.polled_cpu_s = 0.0
         self.reaction_s: float | None = None
         self.egress: CallEgress | None = None
+        self.gpu: CallGpu | None = None
+        # Makes another jail, should the one that the call was given end before the call starts in it.
+        self.another: Callable[[], Jail] | None = None
         self._loop = asyncio.get_running_loop()
         self._input: InputPump | None = None
         output = plan.limit("output")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandbox import __version__, host
 from sandbox._linux import cgroup, wire
@@ -32,10 +32,14 @@ from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.egress import CallEgress, Egress
-from sandbox.supervisor.pool import Pool
+from sandbox.supervisor.gpu import Gpus
+from sandbox.supervisor.pool import Pool, is_poolable
 from sandbox.supervisor.work import Work
 
 STOP_TIMEOUT_S = 20.0
+
+if TYPE_CHECKING:
+    from sandbox.supervisor.gpu_call import CallGpu
 
 
 class Supervisor:
@@ -62,6 +66,7 @@ class Supervisor:
             "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
             "node": None,
         }
+        self._gpus: Gpus
 
     def __repr__(self) -> str:
         return f"<Supervisor pid={os.getpid()} calls={len(self._calls)} chain={self.chain.seq}>"
@@ -88,6 +93,8 @@ class Supervisor:
     async def serve(self) -> None:
         """Until the caller is gone."""
         loop = asyncio.get_running_loop()
+        self._gpus = Gpus(self.facts, self._tree)
+        self.facts = self._gpus.complete(self.facts)
         self._control.setblocking(False)
         facts = wire.memfd("facts", json.dumps(self.facts.to_json()).encode())
         hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._pool.zygote.pid}
@@ -116,6 +123,7 @@ class Supervisor:
     def _on_control(self) -> None:
         while True:
             try:
+        self._gpus.close()
                 message, fds = wire.receive(self._control)
             except BlockingIOError:
                 return
@@ -205,8 +213,11 @@ class Supervisor:
             closing = await finish.gather(ending, started, call, work, own_user_namespace=self._pool.own_user_namespace)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
+        gpu: CallGpu | None = None
             self._calls.pop(call_id, None)
             work.close()
+            gpu = await self._gpus.open_call(call_id, plan)
+            plan = gpu.plan if gpu is not None else plan
             if call is not None:
                 call.close()
                 self._pool.put_back(call.jail)
@@ -215,6 +226,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_reader(reply, self._on_reply, reply, call)
         wall_time = plan.limit("wall_time")
+            self._gpus.admit(jail.group, gpu)
+            if gpu is not None:
+                call.gpu = gpu
+                await gpu.start(call)
         timeout_s = float(wall_time.applied) if wall_time and wall_time.applied else None
         try:
             seen = await call.run(timeout_s)
@@ -224,6 +239,8 @@ class Supervisor:
 
     def _on_reply(self, reply: socket.socket, call: Call) -> None:
         try:
+            if gpu is not None:
+                await gpu.close()
             message, _ = wire.receive(reply)
         except BlockingIOError:
             return
