@@ -218,7 +218,7 @@ def test_unix_sockets_datagrams_and_socket_pairs_work(python: Run) -> None:
     assert out == "passed udp pair ['lo']"
 
 
-def test_shared_memory_and_semaphores_work(python: Run) -> None:
+def test_shared_memory_semaphores_and_message_queues_work(python: Run) -> None:
     out = python("""
         import _posixshmem, ctypes, mmap, os
         libc = ctypes.CDLL(None, use_errno=True)
@@ -231,9 +231,12 @@ def test_shared_memory_and_semaphores_work(python: Run) -> None:
         assert sem, ctypes.get_errno()
         sem = ctypes.c_void_p(sem)
         print(libc.sem_wait(sem), libc.sem_post(sem), libc.sem_unlink(b"/sem"), end=" ")
-        shm = libc.shmget(0, 4096, 0o1600); print(shm >= 0, libc.shmctl(shm, 0, None))
+        shm = libc.shmget(0, 4096, 0o1600); print(shm >= 0, libc.shmctl(shm, 0, None), end=" ")
+        queue = libc.mq_open(b"/q", os.O_CREAT | os.O_RDWR, 0o600, None)
+        assert queue >= 0, ctypes.get_errno()
+        print(libc.mq_unlink(b"/q"))
     """)
-    assert out == "True 0 0 0 True 0"
+    assert out == "True 0 0 0 True 0 0"
 
 
 def test_files_of_every_kind_work_in_the_workspace(python: Run) -> None:
