@@ -84,6 +84,8 @@ PROC_MASKED = (
 PROC_READ_ONLY = ("bus", "driver", "dynamic_debug", "fs", "irq", "sys", "sysrq-trigger")
 # Of what the kernel counts per user. 64 watchers are more than any build tool opens.
 USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanotify_groups": 0}
+# Of what the kernel counts per user. 64 watchers are more than any build tool opens.
+USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanotify_groups": 0}
 PRIVATE_PLACES = {"/tmp": "tmp", "/var/tmp": "var-tmp", HOME: "home", "/dev/shm": "shm"}  # noqa: S108 - inside
 NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")
 DENY_ENTRIES_MAX = 1_000_000
@@ -406,6 +408,7 @@ def _call_steps(
         Step("proc", "call", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
         Step("terminals", "call", terminal),
         Step("namespaces", "call"),
+        Step("user_limits", "call", dict(USER_LIMITS)),
         Step("queues", "call"),
         Step("loopback", "call"),
         *planner_egress.steps(manifest, facts),

@@ -104,10 +104,12 @@ def namespaces(_launch: Launch, _args: dict[str, Any]) -> None:
     process.set_dumpable(dumpable=False)
 
 
-def proc(_launch: Launch, args: dict[str, Any]) -> None:
+def proc(launch: Launch, args: dict[str, Any]) -> None:
     """The jail's own /proc over the host's, with what reaches the whole machine masked or read-only."""
     flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
     mounts.mount("proc", "/proc", "proc", flags, "hidepid=2")
+    # For the step user_limits, which can be taken only in the call's own user namespace.
+    launch.fds["proc_sys"] = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     attributes = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV | mounts.ATTR_NOEXEC
     for name in args["read_only"]:
         if os.path.exists(f"/proc/{name}"):
@@ -135,6 +137,25 @@ def terminals(launch: Launch, args: dict[str, Any]) -> None:
         wire.send(launch.status, {"ev": "terminal", "fds": ["terminal"]}, [master])
         os.close(master)
         launch.fds["terminal"] = slave
+
+
+def user_limits(launch: Launch, args: dict[str, Any]) -> None:
+    """How much this user namespace may use of what the kernel counts per user; of user namespaces in it, none.
+
+    A second wall behind the filter. What a jail takes counts for whoever made it, too: without a limit of its own it
+    could take all of an ordinary user's inotify instances. Source: namespaces(7) on /proc/sys/user, inotify(7).
+    """
+    sys_fd = launch.fds.pop("proc_sys")
+    for name, value in args.items():
+        try:
+            fd = os.open(f"user/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=sys_fd)
+        except FileNotFoundError:
+            continue  # this kernel does not count it per user namespace
+        try:
+            os.write(fd, b"%d" % value)
+        finally:
+            os.close(fd)
+    os.close(sys_fd)
 
 
 def queues(_launch: Launch, _args: dict[str, Any]) -> None:
@@ -211,6 +232,7 @@ STEPS = {
     "proc": proc,
     "terminals": terminals,
     "namespaces": namespaces,
+    "user_limits": user_limits,
     "queues": queues,
     "loopback": loopback,
     "egress": egress.egress,

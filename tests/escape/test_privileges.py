@@ -69,6 +69,12 @@ def test_own_namespaces_are_not_the_hosts(jail: Jail, kind: str) -> None:
     assert jail.one("readlink", f"/proc/self/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
 
 
+def test_a_second_wall_stands_behind_the_filter(jail: Jail) -> None:
+    """Were the filter broken, the kernel itself would allow no user namespace below the jail's own."""
+    limits = [["read", f"/proc/sys/user/{name}"] for name in ("max_user_namespaces", "max_inotify_instances")]
+    assert jail.act(*limits, ["write", "/proc/sys/user/max_user_namespaces", "9"]) == ["0\n", "64\n", Errno("EACCES")]
+
+
 def test_unshare_as_a_program_fails(jail: Jail) -> None:
     if not shutil.which("unshare"):
         pytest.skip("unshare is not installed")
