@@ -10,11 +10,13 @@ import atexit
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,84 @@ _BOOT = (
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
 TOLD_MAX = 1000
+SLOTS_MAX = 1024
 STOP_TIMEOUT_S = 30.0
+
+
+class Slots:
+    """How many calls may be under way from this process; the rest wait their turn, threads and event loops alike.
+
+    Each call under way holds a descriptor here, and the host's default is 1024 of them for everything.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, when_ours: Callable[[], object]) -> bool:
+        """Whether a slot is ours now; if not, `when_ours` is called, from any thread, once it is."""
+        with self._lock:
+            if self._free > 0:
+                self._free -= 1
+                return True
+            self._waiting.append(when_ours)
+            return False
+
+    def wait(self) -> Ticket:
+        """Take a slot, waiting for it in this thread."""
+        ours = threading.Event()
+        if not self.take(ours.set):
+            try:
+                ours.wait()
+            except BaseException:
+                self.forget(ours.set)
+                raise
+        return Ticket(self)
+
+    def forget(self, when_ours: Callable[[], object]) -> None:
+        """Wait no longer. A slot that came meanwhile goes to the next."""
+        with self._lock:
+            try:
+                self._waiting.remove(when_ours)
+                return
+            except ValueError:
+                pass  # it has been given to us
+        self.give_back()
+
+    def give_back(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._free += 1
+                return
+            when_ours = self._waiting.popleft()
+        when_ours()
+
+
+class Ticket:
+    """One slot taken. Giving it back twice is once."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots: Slots | None = slots
+
+    def release(self) -> None:
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.give_back()
+
+
+def slot_count() -> int:
+    """Half of the descriptors that this process may open, and no more than the supervisor runs at once."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(8, min(SLOTS_MAX, soft // 2 - 64))
 
 
 class Pending:
     """A call that has been handed over. Close it (or leave its `with`) to end the call."""
 
-    def __init__(self, reply: socket.socket) -> None:
+    def __init__(self, reply: socket.socket, ticket: Ticket) -> None:
         self.reply = reply
+        self._ticket = ticket
 
     def __enter__(self) -> Pending:
         return self
@@ -53,6 +125,7 @@ class Pending:
         with contextlib.suppress(OSError):
             self.reply.shutdown(socket.SHUT_RDWR)
         self.reply.close()
+        self._ticket.release()
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the tool's process group."""
@@ -101,6 +174,7 @@ class Link:
     def __init__(self, state: Path) -> None:
         self.state = state
         self.users = 0
+        self.slots = Slots(slot_count())
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -187,8 +261,8 @@ class Link:
             ask[name] = data
             ask.setdefault("new", []).append((name, key))
 
-    def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int]) -> Pending:
-        """Hand one call over. `fds` stay the caller's to close."""
+    def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int], ticket: Ticket) -> Pending:
+        """Hand one call over. `ticket` goes with what is returned; `fds` stay the caller's to close."""
         self.facts()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ask_fd = wire.memfd("ask", json.dumps(ask).encode())
@@ -205,7 +279,7 @@ class Link:
             raise CallLost(f"the supervisor is gone: {error}") from error
         finally:
             os.close(ask_fd)
-        return Pending(ours)
+        return Pending(ours, ticket)
 
     def close(self) -> None:
         """End the supervisor and every call that still runs."""
@@ -231,6 +305,7 @@ class Link:
     def drop_inherited(self) -> None:
         """In a forked child: let go of the parent's channel, so that the parent's end is seen when it comes."""
         self._lock = threading.Lock()
+        self.slots = Slots(slot_count())
         if self._control is not None:
             self._control.close()
         self._control, self._process, self._facts = None, None, None

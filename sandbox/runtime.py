@@ -25,7 +25,7 @@ from sandbox.audit.view import Record
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.host import HostFacts
-from sandbox.link import Link, Pending
+from sandbox.link import Link, Pending, Slots, Ticket
 from sandbox.manifest import Manifest
 from sandbox.outcome import Ending, Outcome
 from sandbox.plan import CallSpec, LaunchPlan
@@ -278,7 +278,19 @@ class Sandbox:
         return self._link
 
     def _submit(self, job: Job, fds: Mapping[str, int]) -> Pending:
-        """Hand the call over. A refusal gets its record first, then it is raised with it."""
+        """Hand the call over when it is its turn."""
+        return self._hand_over(job, fds, self._live_link().slots.wait())
+
+    def _hand_over(self, job: Job, fds: Mapping[str, int], ticket: Ticket) -> Pending:
+        """Hand the call over with its turn taken, which goes with what is returned."""
+        try:
+            return self._ask(job, fds, ticket)
+        except BaseException:
+            ticket.release()
+            raise
+
+    def _ask(self, job: Job, fds: Mapping[str, int], ticket: Ticket) -> Pending:
+        """Ask for the call. A refusal gets its record first, then it is raised with it."""
         link = self._live_link()
         link.facts()  # a supervisor that died is started anew here, before anything is left out that it has not had
         ask: dict[str, Any] = {
@@ -294,11 +306,11 @@ class Sandbox:
             link.include(ask, "plan", *common)
         except Unenforceable as refusal:
             ask["refused"] = {"fault": "host", "message": refusal.message}
-            with link.submit(ask, {}) as pending:
+            with link.submit(ask, {}, ticket) as pending:
                 refusal.record = Record(json.loads(pending.take()["sections"]["record"]))
             raise
         with _memfds(request=job.request, stdin=job.input) as data_fds:
-            return link.submit(ask, {**data_fds, **fds})
+            return link.submit(ask, {**data_fds, **fds}, ticket)
 
     def _wait(self, job: Job) -> Outcome:
         with self._submit(job, {}) as pending:
@@ -306,12 +318,14 @@ class Sandbox:
         return outcome_of(job, message)
 
     async def _await(self, job: Job) -> Outcome:
-        if self._live_link().is_started:
-            pending = self._submit(job, {})
-        else:
-            import asyncio
+        import asyncio
 
-            pending = await asyncio.to_thread(self._submit, job, {})
+        link = self._live_link()
+        ticket = await _turn(link.slots)
+        if link.is_started:
+            pending = self._hand_over(job, {}, ticket)
+        else:
+            pending = await asyncio.to_thread(self._hand_over, job, {}, ticket)
         with pending:
             message = await _readable(pending)
         return outcome_of(job, message)
@@ -389,6 +403,25 @@ def _read_only(fd: int) -> int:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(fd)
+
+
+async def _turn(slots: Slots) -> Ticket:
+    """Take a slot without blocking the event loop."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ours = asyncio.Event()
+
+    def when_ours() -> None:
+        loop.call_soon_threadsafe(ours.set)
+
+    if not slots.take(when_ours):
+        try:
+            await ours.wait()
+        except BaseException:
+            slots.forget(when_ours)
+            raise
+    return Ticket(slots)
 
 
 async def _readable(pending: Pending) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,9 @@ def main(argv: list[str]) -> int:
     """Serve until the caller is gone. Exit status 1 when the start failed; the caller has been told why."""
     control = socket.socket(fileno=int(argv[0]))
     os.umask(0o077)
+    # Each call holds a dozen descriptors. The soft limit is a default for programs that use select(2); we do not.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # The caller's terminal sends these to every process of its group; what they mean is the caller's to decide.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
