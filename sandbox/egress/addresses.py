@@ -7,8 +7,8 @@ RFC 6052 (NAT64), 3056 (6to4), 4380 (Teredo), 5180 (benchmarking); the clouds' o
 
 from __future__ import annotations
 
+import functools
 import ipaddress
-from collections.abc import Set
 from typing import Final, Literal, NamedTuple
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -103,7 +103,8 @@ def parse_address(text: str) -> Address:
     return address.ipv4_mapped or address if isinstance(address, ipaddress.IPv6Address) else address
 
 
-def closed(address: Address, own: Set[Address] = frozenset()) -> tuple[Closed, ...]:
+@functools.lru_cache(maxsize=4096)
+def closed(address: Address, own: frozenset[Address] = frozenset()) -> tuple[Closed, ...]:
     """Every reason why `address` is closed; empty for an ordinary public one. `own`: those of the host's interfaces.
 
     Each reason has to be opened by a rule before the address may be dialled.
@@ -112,7 +113,7 @@ def closed(address: Address, own: Set[Address] = frozenset()) -> tuple[Closed, .
     return tuple(reason for reason in found if reason is not None)
 
 
-def _closed_as_is(address: Address, own: Set[Address]) -> Closed | None:
+def _closed_as_is(address: Address, own: frozenset[Address]) -> Closed | None:
     if address in _METADATA:
         return Closed("metadata", "single", address)
     for network, kind, opening in _TABLES[address.version]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import time
 from typing import TYPE_CHECKING, Final
@@ -241,10 +243,27 @@ async def _connect(address: Address, port: int) -> socket.socket:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
-        loop = asyncio.get_running_loop()
+        where = (str(address), port)
+        if _is_connected(sock, where):
+            return sock
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await loop.sock_connect(sock, (str(address), port))
+            await asyncio.get_running_loop().sock_connect(sock, where)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _is_connected(sock: socket.socket, where: tuple[str, int]) -> bool:
+    """Begin to connect; whether it is done already. Raises OSError when it was refused.
+
+    A near host has answered before the first call returns, and the second call says so, without a turn of the loop.
+    """
+    code = sock.connect_ex(where)
+    if code == errno.EINPROGRESS:
+        code = sock.connect_ex(where)
+    if code in (0, errno.EISCONN):
+        return True
+    if code in (errno.EALREADY, errno.EINPROGRESS):
+        return False
+    raise OSError(code, os.strerror(code))

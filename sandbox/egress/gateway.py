@@ -20,7 +20,6 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Set
 from typing import Any, Final
 
 from sandbox._linux import landlock, netlink, process, wire
@@ -67,7 +66,7 @@ class Gateway:
 
     # -- what sessions ask -------------------------------------------------------------------------------------
 
-    def own_addresses(self) -> Set[Address]:
+    def own_addresses(self) -> frozenset[Address]:
         """The addresses of this host's interfaces, at most some seconds old."""
         at, found = self._own
         now = time.monotonic()

@@ -32,12 +32,15 @@ def reset(sock: socket.socket) -> None:
 class Half:
     """One direction. `pending` is what was read and the other side could not take yet: one chunk at most."""
 
-    __slots__ = ("direction", "finished", "first", "from_sock", "pending", "to_sock")
+    __slots__ = ("direction", "finished", "first", "from_fd", "from_sock", "pending", "to_fd", "to_sock")
 
     def __init__(self, direction: str, from_sock: socket.socket, to_sock: socket.socket) -> None:
         self.direction = direction
         self.from_sock = from_sock
         self.to_sock = to_sock
+        # The loop is given numbers: for an object it does not know yet, it would make its whole repr first.
+        self.from_fd = from_sock.fileno()
+        self.to_fd = to_sock.fileno()
         self.pending = b""
         self.finished = False
         self.first = b""
@@ -64,13 +67,15 @@ class Pump:
         """Begin. `early`: bytes from the front that were read, and accounted for, before."""
         for half in (self.up, self.down):
             half.to_sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._loop.add_reader(self._back, self._on_readable, self.down)
+        self._loop.add_reader(self.down.from_fd, self._on_readable, self.down)
         if early:
             self.up.first = early[:FIRST_BYTES]
             self.up.pending = early
-            self._loop.add_writer(self._back, self._on_writable, self.up)
+            self._loop.add_writer(self.up.to_fd, self._on_writable, self.up)
         else:
-            self._loop.add_reader(self._front, self._on_readable, self.up)
+            self._loop.add_reader(self.up.from_fd, self._on_readable, self.up)
+            # The call has usually said something by now, as it was connected before we were.
+            self._on_readable(self.up)
 
     def end(self, reason: str, detail: str = "") -> None:
         """Stop both ways and reset both sides; the first reason counts."""
@@ -82,9 +87,9 @@ class Pump:
         self.done.set_result((reason, detail))
 
     def _forget(self) -> None:
-        for sock in (self._front, self._back):
-            self._loop.remove_reader(sock)
-            self._loop.remove_writer(sock)
+        for fd in (self.up.from_fd, self.down.from_fd):
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
@@ -116,8 +121,8 @@ class Pump:
         sent = self._send(half, chunk)
         if 0 <= sent < count:
             half.pending = bytes(chunk[sent:])
-            self._loop.remove_reader(half.from_sock)
-            self._loop.add_writer(half.to_sock, self._on_writable, half)
+            self._loop.remove_reader(half.from_fd)
+            self._loop.add_writer(half.to_fd, self._on_writable, half)
 
     def _on_writable(self, half: Half) -> None:
         sent = self._send(half, half.pending)
@@ -125,8 +130,8 @@ class Pump:
             return
         half.pending = half.pending[sent:]
         if not half.pending:
-            self._loop.remove_writer(half.to_sock)
-            self._loop.add_reader(half.from_sock, self._on_readable, half)
+            self._loop.remove_writer(half.to_fd)
+            self._loop.add_reader(half.from_fd, self._on_readable, half)
 
     def _send(self, half: Half, chunk: bytes | memoryview) -> int:
         """How much was taken; -1 when the flow has ended over it."""
@@ -157,17 +162,17 @@ class Pump:
         wait_s = max(meter.wait_s(now) for meter in self._rated)
         if wait_s <= 0:
             return False
-        self._loop.remove_reader(half.from_sock)
+        self._loop.remove_reader(half.from_fd)
         self._timers[half.direction] = self._loop.call_later(wait_s, self._resume, half)
         return True
 
     def _resume(self, half: Half) -> None:
         del self._timers[half.direction]
-        self._loop.add_reader(half.from_sock, self._on_readable, half)
+        self._loop.add_reader(half.from_fd, self._on_readable, half)
 
     def _at_end(self, half: Half) -> None:
         """Everything of this direction is out: say so to the other side, and end when both directions are."""
-        self._loop.remove_reader(half.from_sock)
+        self._loop.remove_reader(half.from_fd)
         half.finished = True
         try:
             half.to_sock.shutdown(socket.SHUT_WR)

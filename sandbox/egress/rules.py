@@ -7,7 +7,7 @@ labels; an address is permitted only by a rule that is an address or a network i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from sandbox.destinations import TLS_PORT, HostRule, parse_host
@@ -79,7 +79,7 @@ class Rules:
             return Verdict(False, str(denial), DENIED)
         return _decide(self._names.matching(name), port, NOT_NAMED)
 
-    def judge_address(self, address: Address, port: int, own: Set[Address] = frozenset()) -> Verdict:
+    def judge_address(self, address: Address, port: int, own: frozenset[Address] = frozenset()) -> Verdict:
         """May the call connect to this address, which it named itself?"""
         if denial := self._denial(address, port):
             return denial
@@ -89,7 +89,7 @@ class Rules:
         kinds = [_describe(reason, address) for reason in closed(address, own)]
         return verdict._replace(detail=verdict.detail or ", ".join(kinds))
 
-    def judge_resolved(self, address: Address, port: int, own: Set[Address], verdict: Verdict) -> Verdict:
+    def judge_resolved(self, address: Address, port: int, own: frozenset[Address], verdict: Verdict) -> Verdict:
         """May a connection that `verdict` allowed by name go to this address, which the name resolved to?"""
         return self._denial(address, port) or self._check_closed(address, port, own, verdict)
 
@@ -108,7 +108,7 @@ class Rules:
         rule = _first(self._denied_networks.matching(address), port)
         return Verdict(False, str(rule), DENIED, f"address {address}") if rule else None
 
-    def _check_closed(self, address: Address, port: int, own: Set[Address], verdict: Verdict) -> Verdict:
+    def _check_closed(self, address: Address, port: int, own: frozenset[Address], verdict: Verdict) -> Verdict:
         for reason in closed(address, own):
             if not self._opens(reason, port):
                 return Verdict(False, verdict.rule, CLOSED, f"{address} is {_describe(reason, address)}")

@@ -11,7 +11,7 @@ import ipaddress
 import socket
 import struct
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from sandbox.egress import dns, explain
@@ -40,7 +40,7 @@ class Host(Protocol):
     resolver: Resolver
     handlers: Mapping[str, Handler]
 
-    def own_addresses(self) -> Set[Address]: ...
+    def own_addresses(self) -> frozenset[Address]: ...
     def take_flow(self) -> bool: ...
     def give_flow(self) -> None: ...
     def tell_breach(self, session: Session, budget: str) -> None: ...
@@ -119,7 +119,7 @@ class Session:
         async with self._lookups:
             return await self.resolver.lookup(name)
 
-    def own_addresses(self) -> Set[Address]:
+    def own_addresses(self) -> frozenset[Address]:
         return self._host.own_addresses()
 
     def now(self) -> str:

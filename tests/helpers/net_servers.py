@@ -59,7 +59,8 @@ class Outside:
                 return
 
     def _note(self, entry: int, label: str, data: bytes) -> None:
-        if not self.reached[entry][1]:
+        # A new scene has begun meanwhile when the entry is gone.
+        if entry < len(self.reached) and not self.reached[entry][1]:
             self.reached[entry] = (label, data[:64])
 
     def count(self, label: str) -> int:
