@@ -279,19 +279,17 @@ def meet_http(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
     one, other = HttpRules(ours), HttpRules(theirs)
     met: list[HttpRule] = []
     for host in dict.fromkeys((*one.groups, *other.groups)):
-        a, b = one.group_within(host), other.group_within(host)
-        if a is None or b is None:
-            group = a or b
-            met += [rule._replace(host=host) for rule in (*group.allow, *group.deny)] if group else []
-        else:
-            met += _meet_groups(a, b, host)
+        around = [group for group in (one.group_within(host), other.group_within(host)) if group is not None]
+        met += _meet_groups(around[0], around[-1], host)
     return list(dict.fromkeys(str(rule) for rule in met))
 
 
 def _meet_groups(a: Group, b: Group, host: HostRule) -> list[HttpRule]:
-    denials = [rule._replace(host=host) for rule in (*a.deny, *b.deny)]
     pairs = (mine.meet(theirs, host) for mine in a.permitted for theirs in b.permitted)
-    allowed = [rule for rule in pairs if rule is not None]
+    allowed = list(dict.fromkeys(rule for rule in pairs if rule is not None))
     if not allowed:
         return [HttpRule(host, (), parse_pattern(EVERYTHING), allow=False)]
+    # What lies within another one says nothing more; without it, meeting the same rules again changes nothing.
+    allowed = [rule for rule in allowed if not any(rule.is_within(other) and rule != other for other in allowed)]
+    denials = [rule._replace(host=host) for rule in (*a.deny, *b.deny)]
     return [*(allowed if a.allow or b.allow else []), *denials]

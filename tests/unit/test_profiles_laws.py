@@ -35,6 +35,20 @@ RULES = [
     "10.1.0.0/16:443",
     "10.0.0.0/8:*",
 ]
+HTTP = [
+    "GET x.k.org",
+    "GET,POST x.k.org /a/** inspect",
+    "* *.k.org /a/b",
+    "POST *.k.org inspect",
+    "GET **.k.org /a/**",
+    "deny POST x.k.org",
+    "deny * *.k.org /a/**",
+    "GET 10.0.0.0/8",
+    "* x.k.org inspect",
+]
+REQUESTS = [
+    (tls, method, path) for tls in (False, True) for method in ("GET", "POST") for path in ("/a/b", "/a/c", "/d")
+]
 NAMES = ["A", "B", "C"]
 CONTROLS = ["memory", "cpus", "io"]
 
@@ -71,7 +85,8 @@ def shape(topic: str, *, ceiling: bool = False) -> st.SearchStrategy[dict[str, A
         return section(filesystem=section(**filesystem))
     if topic == "network":
         mode = section(mode=st.sampled_from(["none", "allowlist"]))
-        return section(network=mode | section(allow=some(RULES), upload_max=sizes(unlimited=True)))
+        hosts = section(allow=some(RULES), http=some(HTTP), upload_max=sizes(unlimited=True))
+        return section(network=mode | hosts | hosts)
     return section(
         resources=section(memory=sizes(), pids=st.integers(1, 9), io=st.sampled_from(["1MiB/s", "unlimited"])),
         gpu=section(count=st.integers(0, 3)),
@@ -119,7 +134,10 @@ def rights(layer: Layer) -> set[tuple[Any, ...]]:
             continue
         found |= {("read", probe) for tree in read if under(probe, tree)}
         found |= {("write", probe) for tree in written if under(probe, tree)}
-    found |= {("host", host) for host in HOSTS for rule in manifest.network.allow if connects(rule, host)}
+    hosts = {host for host in HOSTS for rule in manifest.network.allow if connects(rule, host)}
+    found |= {("host", host) for host in hosts}
+    names = {host.rsplit(":", 1)[0] for host in hosts}
+    found |= {("http", name, *r) for name in names for r in REQUESTS if sends(manifest.network.http, name, *r)}
     programs = manifest.process.allow_exec
     found |= {("exec", p) for p in PATHS if programs is None or any(under(p, tree) for tree in programs)}
     found |= {("env", name) for name in manifest.environment.allow}
@@ -163,6 +181,28 @@ def connects(rule: str, host: str) -> bool:
     if name.startswith("**."):
         return to_name.endswith(name[2:]) and extra != ""
     return (to_name.endswith(name[1:]) and extra != "" and "." not in extra) if "*" in name else name == to_name
+
+
+def sends(rules: tuple[str, ...], host: str, tls: bool, method: str, path: str) -> bool:
+    """May this request be sent? By the rules of the longest host pattern that fits, one star before two."""
+    found: dict[tuple[int, str], list[list[str]]] = {}
+    for text in rules:
+        words = text.split(" ")
+        name = words[2] if words[0] == "deny" else words[1]
+        if connects(f"{name}:*", f"{host}:1"):
+            found.setdefault((-name.count("."), name), []).append(words)
+    if not found:
+        return True
+    best = min(found, key=lambda key: (key[1].startswith("*"), key[1].startswith("**"), key[0]))
+    deny = [words[1:] for words in found[best] if words[0] == "deny"]
+    allow = [words for words in found[best] if words[0] != "deny"] or [["*", best[1], "/**"]]
+
+    def names(words: list[str]) -> bool:
+        pattern = words[2]
+        fits = path.startswith(pattern[:-2]) if pattern.endswith("/**") else path == pattern
+        return fits and (words[0] == "*" or method in words[0].split(","))
+
+    return any(names(w) and (not tls or w[-1] == "inspect") for w in allow) and not any(names(w) for w in deny)
 
 
 @Topic
@@ -233,6 +273,9 @@ def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(topic: str, dat
     for key, kind in (("network.allow", "host"), ("environment.allow", "env"), ("isolation.best_effort", "weaker")):
         if key in ceiling.lists:
             assert {r for r in left if r[0] == kind} <= named
+    if "network.http" in ceiling.lists:
+        rules = to_manifest(whole(ceiling.with_list("network.allow", ()))).network.http
+        assert all(sends(rules, *right[1:]) for right in left if right[0] == "http")
 
 
 @Topic
@@ -248,8 +291,12 @@ def test_a_ceiling_takes_no_more_than_it_must(topic: str, data: st.DataObject) -
     whole_ceiling = whole(ceiling)
     if not sound(whole_ceiling):
         return
+    if "network.allow" not in ceiling.lists and "network.mode" not in ceiling.scalars:
+        # The ceiling leaves the hosts alone: then it permits whatever the layer reaches, as far as its rules go.
+        whole_ceiling = whole_ceiling.with_list("network.allow", layer.items("network.allow"))
+        whole_ceiling = whole_ceiling.with_scalar("network.mode", layer.scalars["network.mode"])
     both = rights(layer) & rights(whole_ceiling)
-    kinds = {"read", "host", "env", "memory", "pids", "io"} | (
+    kinds = {"read", "host", "http", "env", "memory", "pids", "io"} | (
         {"write"} if "filesystem.write" in ceiling.lists else set()
     )
     assert {right for right in both if right[0] in kinds} <= rights(under_it)
