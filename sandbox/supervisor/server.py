@@ -33,13 +33,13 @@ from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.egress import CallEgress, Egress
 from sandbox.supervisor.gpu import Gpus
-from sandbox.supervisor.pool import Pool, is_poolable
+from sandbox.supervisor.pool import Pool
 from sandbox.supervisor.work import Work
-
-STOP_TIMEOUT_S = 20.0
 
 if TYPE_CHECKING:
     from sandbox.supervisor.gpu_call import CallGpu
+
+STOP_TIMEOUT_S = 20.0
 
 
 class Supervisor:
@@ -58,6 +58,7 @@ class Supervisor:
         self._closing = asyncio.Event()
         self._tree: cgroup.Tree | None = None
         self._pool: Pool
+        self._gpus: Gpus
         self._egress = Egress()
         self.chain: Chain = Store(state).open_chain("supervisor")
         self.host = {
@@ -66,7 +67,6 @@ class Supervisor:
             "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
             "node": None,
         }
-        self._gpus: Gpus
 
     def __repr__(self) -> str:
         return f"<Supervisor pid={os.getpid()} calls={len(self._calls)} chain={self.chain.seq}>"
@@ -85,6 +85,8 @@ class Supervisor:
             where = {name: tree.where(name) for name in self.facts.cgroups}
             self.facts = self.facts.with_cgroups(where, tree.refused)
             self._tree = tree if tree.has_groups else None
+        self._gpus = Gpus(self.facts, self._tree)
+        self.facts = self._gpus.complete(self.facts)
         self._pool = Pool(self.state, self._tree, tuple(self.facts.block_devices.values()))
         for recovered in recover(self.state):
             if recovered.error:
@@ -93,8 +95,6 @@ class Supervisor:
     async def serve(self) -> None:
         """Until the caller is gone."""
         loop = asyncio.get_running_loop()
-        self._gpus = Gpus(self.facts, self._tree)
-        self.facts = self._gpus.complete(self.facts)
         self._control.setblocking(False)
         facts = wire.memfd("facts", json.dumps(self.facts.to_json()).encode())
         hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._pool.zygote.pid}
@@ -115,6 +115,7 @@ class Supervisor:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
         self._egress.close()
+        self._gpus.close()
         self._pool.close()
         if self._tree is not None:
             self._tree.close()
@@ -123,7 +124,6 @@ class Supervisor:
     def _on_control(self) -> None:
         while True:
             try:
-        self._gpus.close()
                 message, fds = wire.receive(self._control)
             except BlockingIOError:
                 return
@@ -198,14 +198,21 @@ class Supervisor:
         plan = replace(ask["plan"], argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"])
         work = Work(ask, plan, self.state, opened["record_id"])
         call: Call | None = None
+        gpu: CallGpu | None = None
         try:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
+            gpu = await self._gpus.open_call(call_id, plan)
+            plan = gpu.plan if gpu is not None else plan
             jail = self._pool.take(plan, ask["plan_id"])
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
             if plan.egress is not None:
                 call.egress = CallEgress(call_id, plan.egress, self._egress, call.stop)
+            self._gpus.admit(jail.group, gpu)
+            if gpu is not None:
+                call.gpu = gpu
+                await gpu.start(call)
             ending = await self._run_launched(call, reply, plan)
         except (OSError, SandboxError) as error:
             ending = Ending("launch_error", "host", error_type=type(error).__name__, message=str(error))
@@ -213,11 +220,10 @@ class Supervisor:
             closing = await finish.gather(ending, started, call, work, own_user_namespace=self._pool.own_user_namespace)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
-        gpu: CallGpu | None = None
             self._calls.pop(call_id, None)
             work.close()
-            gpu = await self._gpus.open_call(call_id, plan)
-            plan = gpu.plan if gpu is not None else plan
+            if gpu is not None:
+                await gpu.close()
             if call is not None:
                 call.close()
                 self._pool.put_back(call.jail)
@@ -226,10 +232,6 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_reader(reply, self._on_reply, reply, call)
         wall_time = plan.limit("wall_time")
-            self._gpus.admit(jail.group, gpu)
-            if gpu is not None:
-                call.gpu = gpu
-                await gpu.start(call)
         timeout_s = float(wall_time.applied) if wall_time and wall_time.applied else None
         try:
             seen = await call.run(timeout_s)
@@ -239,8 +241,6 @@ class Supervisor:
 
     def _on_reply(self, reply: socket.socket, call: Call) -> None:
         try:
-            if gpu is not None:
-                await gpu.close()
             message, _ = wire.receive(reply)
         except BlockingIOError:
             return
