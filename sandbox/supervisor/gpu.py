@@ -69,7 +69,7 @@ class Gpus:
     def admit(self, group: cgroup.CallGroup | None, gpu: CallGpu | None) -> None:
         """Let a call's group open what was granted to it, before the tool runs. Raises OSError."""
         if group is not None:
-            granted = gpu.rules() if gpu is not None else ()
+            granted = gpu.device_rules() if gpu is not None else ()
             self._rules.admit(group.v2, group.v1.get("devices", ""), granted)
 
     def close(self) -> None:

@@ -76,7 +76,7 @@ class CallGpu:
         plan = plan.with_step_args("devices", nodes=[*step.args["nodes"], *nodes], numbers=nodes)
         return replace(plan, env={**plan.env, **environment(self.units.values())})
 
-    def rules(self) -> Sequence[Rule]:
+    def device_rules(self) -> Sequence[Rule]:
         """What the call's group may open beside every jail's nodes."""
         return node_rules(self._nodes())
 
@@ -101,7 +101,7 @@ class CallGpu:
             except (NvmlTrouble, TimeoutError) as error:
                 raise LaunchError(f"the driver's memory limit: {error}", step="gpu_memory") from error
         self._note(rules.miner_argv(self.plan.argv))
-        self._guard.watch(self, watched.jail.name)
+        self._guard.watch(self)
 
     def _limit_memory(self, group: cgroup.CallGroup | None) -> None:
         if group is None or not group.v2:
@@ -128,9 +128,9 @@ class CallGpu:
             self._breach = breaches[0]
             self.end(breaches[0].limit)
         for uuid, tally in self.account.tallies.items():
-            duty = {"percent": self._asked.duty_percent, "time_s": self._asked.duty_time_s}
             if "gpu_steady_duty" not in self._rules_said:
-                self._note(rules.gpu_steady_duty(tuple(tally.duty), uuid, **duty))
+                percent, time_s = self._asked.duty_percent, self._asked.duty_time_s
+                self._note(rules.gpu_steady_duty(tuple(tally.duty), uuid, percent=percent, time_s=time_s))
 
     def _look_at_commands(self, pids: set[int]) -> None:
         """The command line of each process that is new on the call's GPU. It is the tool's: data, bounded."""
@@ -184,6 +184,8 @@ class CallGpu:
             evidence = {**self._breach.to_json(), "reaction_s": reaction_s}
             message = f"{self._breach.limit}: {self._breach.seen:g} seen, {self._breach.allowed:g} allowed"
             self._note(rules.Finding("gpu_limit", "breach", message, evidence, response="freeze, kill"))
+        # Given back before the caller is answered, who may want the same unit for the next call.
+        await self.close()
         return {
             "usage": self.account.to_json() if self.units else None,
             "findings": self.findings,

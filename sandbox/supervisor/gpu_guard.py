@@ -43,7 +43,7 @@ class Guard:
         self._units = {unit.uuid: unit for unit in self.facts.units}
         self._tree = tree
         self.sampler = self._new_sampler()
-        self._calls: dict[str, CallGpu] = {}
+        self._calls: list[CallGpu] = []
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._slow_s = self._detail_s = 0.0
@@ -99,18 +99,18 @@ class Guard:
             raise
         return leases, {reading.uuid: reading for reading in sample.readings}
 
-    def watch(self, gpu: CallGpu, jail: str) -> None:
+    def watch(self, gpu: CallGpu) -> None:
         """Look after a call from now on."""
-        self._calls[jail] = gpu
+        self._calls.append(gpu)
         self._wake.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
             self._task.add_done_callback(self._ended)
 
     def unwatch(self, gpu: CallGpu) -> None:
-        for jail in [name for name, call in self._calls.items() if call is gpu]:
-            del self._calls[jail]
-        self._wake.set()
+        if gpu in self._calls:
+            self._calls.remove(gpu)
+            self._wake.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
@@ -121,7 +121,11 @@ class Guard:
                 call.end(f"{LOST_REASON}:guard failed")
 
     def _holders(self) -> list[CallGpu]:
-        return [call for call in self._calls.values() if call.units]
+        return [call for call in self._calls if call.units]
+
+    def _by_jail(self) -> dict[str, CallGpu]:
+        # Anew each time: a call may be given another jail when the one it had died before its start.
+        return {call.watched.jail.name: call for call in self._calls if call.watched is not None}
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -140,7 +144,7 @@ class Guard:
         held = {uuid for call in self._holders() for uuid in call.units}
         is_slow, is_detailed = now_s - self._slow_s >= SLOW_S, now_s - self._detail_s >= DETAIL_S
         uuids = list(self._units if is_slow else held)
-        jails = {call.watched.jail.pid: name for name, call in self._calls.items() if call.watched is not None}
+        jails = {call.watched.jail.pid: name for name, call in self._by_jail().items() if call.watched is not None}
         sampler = self.sampler
         try:
             # Details are only of interest to accounts.
@@ -166,12 +170,13 @@ class Guard:
             for call in self._holders():
                 call.troubled(sample.trouble)
             return
+        calls = self._by_jail()
         for reading in sample.readings:
             for pid in reading.processes or ():
-                other = self._calls.get(sample.jails.get(pid, ""))
+                other = calls.get(sample.jails.get(pid, ""))
                 if other is not None and reading.uuid not in other.units:
                     other.used_without_grant(pid, reading.uuid)
-        for name, call in self._calls.items():
+        for name, call in calls.items():
             mine = {pid for pid, jail in sample.jails.items() if jail == name}
             call.take_in([reading for reading in sample.readings if reading.uuid in call.units], mine)
 
