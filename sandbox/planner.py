@@ -84,8 +84,6 @@ PROC_MASKED = (
 PROC_READ_ONLY = ("bus", "driver", "dynamic_debug", "fs", "irq", "sys", "sysrq-trigger")
 # Of what the kernel counts per user. 64 watchers are more than any build tool opens.
 USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanotify_groups": 0}
-# Of what the kernel counts per user. 64 watchers are more than any build tool opens.
-USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanotify_groups": 0}
 PRIVATE_PLACES = {"/tmp": "tmp", "/var/tmp": "var-tmp", HOME: "home", "/dev/shm": "shm"}  # noqa: S108 - inside
 NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")
 DENY_ENTRIES_MAX = 1_000_000

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sandbox._jail.launch import Launch
 
 SITE = "/run/sandbox/site"
+RUNNER = "/run/sandbox/lib/sandbox/_jail/runner.py"
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
@@ -36,13 +37,19 @@ def run(launch: Launch) -> None:
     os.environ.update(launch.call["env"])
     os.chdir(launch.call["cwd"])
     os.umask(0o022)
+    # As for any program: its own /proc entries are the tool's to use. All of this memory is the tool's.
+    process.set_dumpable(dumpable=True)
+    sys.argv = [RUNNER, "3", "4"]
     _renew_randomness()
     gc.enable()
     os._exit(runner.finish(request, result))
 
 
 def _renew_randomness() -> None:
-    """Two children of one template must not draw the same numbers. `random` and OpenSSL see to it at fork."""
+    """Two children of one template must not draw the same numbers.
+
+    `random` sees to it at fork; OpenSSL and others draw anew when the pid has changed (`template._leave_init`).
+    """
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()

@@ -41,6 +41,7 @@ def run(launch: Launch, release: int) -> None:
     """Everything from birth to the end of the tool. Does not return."""
     try:
         wait_for_release(launch, release)
+        launch.out_fds = {}  # what the builder made, it hands over itself
         launch.run_steps("call", STEPS)
         park(launch)
         run_program(launch)
@@ -74,11 +75,8 @@ def wait_for_release(launch: Launch, release: int) -> None:
 
 def scratch(launch: Launch, args: dict[str, Any]) -> None:
     """The private writable places, for a view that holds nothing of one call."""
-    launch.out_fds.clear()
     places.scratch(launch, args, at=places.INSIDE, root="", owner=os.getuid())
     mounts.unmount_detached(places.INSIDE)
-    names = sorted(launch.out_fds)
-    wire.send(launch.status, {"ev": "places", "fds": names}, [launch.out_fds[name] for name in names])
 
 
 def namespaces(_launch: Launch, _args: dict[str, Any]) -> None:
@@ -210,11 +208,14 @@ def landlock_rules(_launch: Launch, args: dict[str, Any]) -> None:
 
 
 def close_fds(launch: Launch, _args: dict[str, Any]) -> None:
-    """Close everything but the status channel and, where there is one, the terminal. The tool's streams come later."""
+    """Close everything but the status channel, the terminal, and what goes out with the next message.
+
+    The tool's streams come later.
+    """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for number in range(_STDIO_MAX + 1):
         os.dup2(null, number)
-    keep = {fd for name, fd in launch.fds.items() if name in ("status", "terminal")}
+    keep = {fd for name, fd in launch.fds.items() if name in ("status", "terminal")} | {*launch.out_fds.values()}
     first = _STDIO_MAX + 1
     for fd in sorted(keep):
         if fd > first:
@@ -250,7 +251,10 @@ STEPS = {
 
 def park(launch: Launch) -> None:
     """Sealed: say so, and wait for the call. Without one (the supervisor closed the channel) the jail ends unused."""
-    wire.send(launch.status, {"ev": "sealed", "steps": launch.applied, "notes": launch.notes})
+    sealed: dict[str, object] = {"ev": "sealed", "steps": launch.applied, "notes": launch.notes, "fds": [*launch.out_fds]}
+    wire.send(launch.status, sealed, [*launch.out_fds.values()])
+    for fd in launch.out_fds.values():
+        os.close(fd)
     while True:
         message, fds = wire.receive(launch.status)
         if message is None:

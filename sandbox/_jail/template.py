@@ -11,6 +11,7 @@ caller's process has imported as well. Source: pid_namespaces(7), user_namespace
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -53,8 +54,7 @@ def _start_interpreter(launch: Launch, settings: dict[str, Any]) -> None:
     """Exec the caller's interpreter with its packages, keeping what making jails takes across the exec."""
     launch.step = "template"
     mounts.mount("proc", "/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
-    scratch = next(step["args"] for step in launch.plan["steps"] if step["name"] == "scratch")
-    places.scratch(launch, scratch, at=places.INSIDE, root="", owner=os.getuid())
+    places.scratch(launch, _scratch(launch), at=places.INSIDE, root="", owner=os.getuid())
     mounts.unmount_detached(places.INSIDE)
     for fd in launch.out_fds.values():
         os.close(fd)
@@ -62,12 +62,18 @@ def _start_interpreter(launch: Launch, settings: dict[str, Any]) -> None:
     process.raise_ambient(list(_KEPT_CAPS.values()))
     kept = {name: launch.fds[name] for name in ("status", "plan", "seccomp")}
     state = {"fds": list(kept), "host_uid": launch.host_uid, "mnt": launch.mnt, "numbers": list(kept.values())}
+    state["applied"] = launch.applied
     for fd in kept.values():
         os.set_inheritable(fd, True)
     os.chdir("/")
     _leave_init()
     argv = [settings["python"], "-I", "-c", _BOOT, json.dumps(state)]
     os.execve(argv[0], argv, settings["env"])  # noqa: S606 - this is the point
+
+
+def _scratch(launch: Launch) -> dict[str, Any]:
+    args: dict[str, Any] = next(step["args"] for step in launch.plan["steps"] if step["name"] == "scratch")
+    return args
 
 
 def _leave_init() -> None:
@@ -92,6 +98,7 @@ def main(text: str) -> None:
     for fd in state["numbers"]:
         os.set_inheritable(fd, False)
     launch = Launch(state, state["numbers"])
+    launch.applied = state["applied"]
     try:
         process.set_not_dumpable()
         sys.path.remove(LIB)
@@ -99,6 +106,9 @@ def main(text: str) -> None:
             # A tool's module may import the real package, which must not find these few files in its place.
             del sys.modules[name]
         _preload(launch, launch.plan["template"]["preload"])
+        # What the imports wrote goes with the places they had; each jail mounts its own over what is below.
+        for place in ("/proc", *_scratch(launch)["directories"]):
+            mounts.unmount_detached(place)
         _serve(launch)
     except OSError as error:
         report_failure(launch, error)
@@ -138,22 +148,17 @@ class _Children:
             channel = self.channels.pop(pid, None)
             if channel is None:
                 continue
-            with channel:
-                try:
-                    if self.is_function:
-                        wire.send(
-                            channel,
-                            {
-                                "ev": "exit",
-                                "wait_status": wait_status,
-                                "user_s": usage.ru_utime,
-                                "system_s": usage.ru_stime,
-                                "maxrss_bytes": usage.ru_maxrss * 1024,
-                            },
-                        )
-                    wire.send(channel, {"ev": "gone", "wait_status": wait_status})
-                except OSError:
-                    continue  # the supervisor gave this jail up: nobody waits for its end
+            message = {"ev": "gone", "wait_status": wait_status}
+            if self.is_function:
+                # The tool itself: its end is the call's.
+                message |= {
+                    "user_s": usage.ru_utime,
+                    "system_s": usage.ru_stime,
+                    "maxrss_bytes": usage.ru_maxrss * 1024,
+                }
+            with channel, contextlib.suppress(OSError):
+                # Fails when the supervisor gave this jail up: then nobody waits for its end.
+                wire.send(channel, message)
 
 
 def _serve(launch: Launch) -> None:
@@ -187,29 +192,27 @@ def _fork(launch: Launch, message: dict[str, Any], fds: list[int], own: tuple[_C
     syscalls.unshare(syscalls.CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
-        _become_jail(launch, named, int(message["index"]), is_function=children.is_function)
+        for other in children.channels.values():
+            other.detach()
+        children.channels.clear()
+        _become_jail(launch, named, channel, int(message["index"]))
         os._exit(1)
     syscalls.setns(own_pid_namespace, syscalls.CLONE_NEWPID)
     children.channels[pid] = channel
     for name, fd in named.items():
         if name != "status":
             os.close(fd)
-    pidfd = os.pidfd_open(pid)
-    try:
-        wire.send(channel, {"ev": "born", "fds": ["pidfd"], "notes": launch.notes}, [pidfd])
-    except OSError:
-        os.kill(pid, signal.SIGKILL)
-    finally:
-        os.close(pidfd)
 
 
-def _become_jail(launch: Launch, named: dict[str, int], index: int, *, is_function: bool) -> None:
+def _become_jail(launch: Launch, named: dict[str, int], channel: socket.socket, index: int) -> None:
     """In the child: join the call's group, take an own uid, finish the jail, park, run."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     launch.status.detach()
-    launch.status = socket.socket(fileno=named["status"])
-    launch.fds = {"status": named["status"]}
+    launch.status = channel
+    launch.fds = {"status": channel.fileno()}
+    # The supervisor gets it when we are sealed: from outside we have another pid.
+    launch.out_fds = {"pidfd": os.pidfd_open(os.getpid())}
     try:
         launch.step = "join_cgroup"
         for name, fd in named.items():
@@ -221,10 +224,10 @@ def _become_jail(launch: Launch, named: dict[str, int], index: int, *, is_functi
             os.setresuid(INSIDE_ID + index, INSIDE_ID + index, INSIDE_ID + index)
         launch.step = "mount_namespace"
         syscalls.unshare(syscalls.CLONE_NEWNS)
-        launch.applied = ["template", "join_cgroup", "map_ids"]
+        launch.applied += ["template", "join_cgroup", "map_ids"]
         launch.run_steps("call", pid1.STEPS)
         pid1.park(launch)
-        if is_function:
+        if launch.plan["template"]["function"]:
             function.run(launch)
         pid1.run_program(launch)
     except OSError as error:

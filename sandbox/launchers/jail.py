@@ -114,7 +114,6 @@ class Jail:
         self.name = name
         self.group = group
         self.host_uid = host_uid
-        self.pid = -1
         self.fds: dict[str, int] = {}
         self.steps_applied: list[str] = []
         self.notes: list[str] = []
@@ -122,14 +121,41 @@ class Jail:
         self.is_killed = False
         self.is_serving = False
         self.is_reaped = False
+        self.is_closed = False
         self.ready = asyncio.Event()
         self.gone = asyncio.Event()
         self.on_event: Callable[[dict[str, Any]], None] | None = None
+        self.on_end: Callable[[], None] | None = None
+        self.on_closed: Callable[[Jail], None] | None = None
+        self._settled: list[Callable[[], None]] = []
+        self._pid = -1
         self._status: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
-        return f"<Jail {self.name} pid={self.pid} steps={len(self.steps_applied)} gone={self.gone.is_set()}>"
+        return f"<Jail {self.name} pid={self._pid} steps={len(self.steps_applied)} gone={self.gone.is_set()}>"
+
+    @property
+    def pid(self) -> int:
+        """Of its first process; -1 before it is born."""
+        if self._pid < 0 and "pidfd" in self.fds:
+            self._pid = _pid_of(self.fds["pidfd"])
+        return self._pid
+
+    def is_usable(self) -> bool:
+        """Whether a call may get it: sealed, or on its way there. Looks at the channel too, not at what was read."""
+        if self._status is None or self.gone.is_set() or self.failure:
+            return False
+        try:
+            return bool(self._status.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def when_settled(self, then: Callable[[], None]) -> None:
+        """Call `then` once: when it is sealed or serves, or will never be. Precondition: none of that yet."""
+        self._settled.append(then)
 
     def launch(self, zygote: Zygote, message: Mapping[str, object], plan: bytes, seccomp: bytes) -> None:
         """Have it built and sealed by a builder of its own. Raises OSError when the zygote is gone."""
@@ -217,35 +243,45 @@ class Jail:
         self._note(message, fds)
 
     def _end(self) -> None:
+        if self.gone.is_set():
+            return
         self.gone.set()
+        self._settle()
+        if self.on_end is not None:
+            self.on_end()
+
+    def _settle(self) -> None:
         self.ready.set()
+        settled, self._settled = self._settled, []
+        for then in settled:
+            then()
 
     def _note(self, message: dict[str, Any], fds: list[int]) -> None:
         self.fds.update(zip(message.get("fds", ()), fds, strict=True))
         event = message["ev"]
         if event == "born":
-            # A template knows its children by their pids in its own namespace only.
-            self.pid = message.get("pid") or _pid_of(self.fds["pidfd"])
+            self._pid = message["pid"]
             self.notes = message["notes"]
-            if self.is_killed:
-                self.kill()
         elif event == "sealed":
             self.steps_applied, self.notes = message["steps"], message["notes"]
-            self.ready.set()
+            self._settle()
         elif event == "serving":
             self.notes = message["notes"]
             self.is_serving = True
-            self.ready.set()
+            self._settle()
         elif event == "executed":
             self.steps_applied.append("exec")
         elif event == "step_failed":
             self.failure = message
-            self.ready.set()
+            self._settle()
         elif event == "gone":
             self.is_reaped = True
-            self._end()
+        if self.is_killed and "pidfd" in message.get("fds", ()):
+            self.kill()
         if self.on_event is not None:
             self.on_event(message)
+        if event == "gone":
+            self._end()
 
     async def wait_dead(self) -> None:
         """Until every process inside is gone: pid 1 is reaped after all the others (pid_namespaces(7))."""
@@ -271,6 +307,9 @@ class Jail:
 
     def close(self) -> None:
         """Give back descriptors and group; what still runs inside is killed."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         if self._status is not None:
             self.kill()
             self._loop.remove_reader(self._status)
@@ -282,6 +321,10 @@ class Jail:
         if self.group is not None:
             self.group.destroy()
             self.group = None
+        self.on_end = None
+        self._end()
+        if self.on_closed is not None:
+            self.on_closed(self)
 
 
 def _pid_of(pidfd: int) -> int:

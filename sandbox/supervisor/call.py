@@ -73,10 +73,10 @@ class Call:
         """Start the tool in the jail and see the call through to its end, whatever that is."""
         tasks: list[asyncio.Task[None]] = []
         timer: asyncio.TimerHandle | None = None
-        oom_fd = self._watch_oom()
-        self.jail.on_event = self._on_event
+        oom_fd: int | None = None
         try:
             await self._until_ready()
+            oom_fd = self._watch_oom()
             if not self.stopped and not self.jail.failure and not self.jail.gone.is_set():
                 if timeout_s is not None:
                     timer = self._loop.call_later(timeout_s, self.stop, "wall_time")
@@ -100,6 +100,18 @@ class Call:
         return self._seen()
 
     async def _until_ready(self) -> None:
+        await self._until_settled()
+        if self.jail.is_usable() or self.stopped or self.another is None:
+            return
+        # A standby that was killed, or a template that died while it made this one: nothing of the call was in it.
+        self.jail.close()
+        self.jail = self.another()
+        await self._until_settled()
+
+    async def _until_settled(self) -> None:
+        self.jail.on_event = self._on_event
+        if self.jail.ready.is_set():
+            return
         try:
             await asyncio.wait_for(self.jail.ready.wait(), START_TIMEOUT_S)
         except TimeoutError:
@@ -144,7 +156,7 @@ class Call:
             os.close(self.fds.pop("started"))
         elif message["ev"] == "exec_failed":
             self.exec_errno = message["errno"]
-        elif message["ev"] == "exit":
+        elif message["ev"] == "exit" or (message["ev"] == "gone" and "user_s" in message):
             self.exit = message
 
     def signal(self, number: int) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import os
+import resource
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +35,17 @@ from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.egress import CallEgress, Egress
 from sandbox.supervisor.gpu import Gpus
-from sandbox.supervisor.pool import Pool
+from sandbox.supervisor.pool import Pool, is_poolable
 from sandbox.supervisor.work import Work
 
 if TYPE_CHECKING:
     from sandbox.supervisor.gpu_call import CallGpu
 
 STOP_TIMEOUT_S = 20.0
+# A running call holds up to this many descriptors here; standbys, templates and our own files have theirs apart.
+CALL_FDS = 16
+OWN_FDS = 512
+RUNNING_MAX = 1024
 
 
 class Supervisor:
@@ -55,6 +61,8 @@ class Supervisor:
         self._calls: dict[str, Call] = {}
         # Plans and policies by the caller's names for them; it bounds how many there are.
         self._known: dict[tuple[str, str], Any] = {}
+        # First come, first served: what exceeds it waits, with its record opened, and its wall time not begun.
+        self._slots = asyncio.Semaphore(running_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         self._closing = asyncio.Event()
         self._tree: cgroup.Tree | None = None
         self._pool: Pool
@@ -195,6 +203,13 @@ class Supervisor:
             closing = finish.closing(ending, started)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
             return
+        async with self._slots:
+            await self._run_opened(reply, ask, fds, _Opened(call_id, started, opened))
+
+    async def _run_opened(
+        self, reply: socket.socket, ask: dict[str, Any], fds: dict[str, int], call_of: _Opened
+    ) -> None:
+        call_id, started, opened = call_of.call_id, call_of.started, call_of.record
         plan = replace(ask["plan"], argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"])
         work = Work(ask, plan, self.state, opened["record_id"])
         call: Call | None = None
@@ -207,6 +222,8 @@ class Supervisor:
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
+            if is_poolable(plan):
+                call.another = functools.partial(self._pool.make, plan)
             if plan.egress is not None:
                 call.egress = CallEgress(call_id, plan.egress, self._egress, call.stop)
             self._gpus.admit(jail.group, gpu)
@@ -226,7 +243,7 @@ class Supervisor:
                 await gpu.close()
             if call is not None:
                 call.close()
-                self._pool.put_back(call.jail)
+                call.jail.close()
 
     async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
         loop = asyncio.get_running_loop()
@@ -253,6 +270,20 @@ class Supervisor:
             call.signal(int(str(message["number"])))
         elif message["op"] == "resize":
             call.resize(int(str(message["rows"])), int(str(message["columns"])))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A call whose record is opened."""
+
+    call_id: str
+    started: float
+    record: dict[str, Any]
+
+
+def running_max(open_files: int) -> int:
+    """How many calls may run at once with so many descriptors. Never none: then the kernel's own refusal says why."""
+    return max(8, min(RUNNING_MAX, (open_files - OWN_FDS) // CALL_FDS))
 
 
 def _plan_data(ask: dict[str, Any]) -> dict[str, Any] | None:
