@@ -76,9 +76,9 @@ def complete(plan: LaunchPlan, manifest: Manifest, facts: HostFacts) -> LaunchPl
     # What no system directory shows already.
     files = _facts(facts).libraries
     if files:
-        env["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(path.rpartition("/")[0] for path in files))
+        env["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(name.rpartition("/")[0] for _, name in files))
         step = next(step for step in plan.steps if step.name == "system_view")
-        shown = [*step.args["runtime_files"], *([path, path] for path in files)]
+        shown = [*step.args["runtime_files"], *(list(pair) for pair in files)]
         plan = plan.with_step_args("system_view", runtime_files=shown)
     # Its nodes differ from call to call, so no jail can be made for it beforehand.
     return replace(plan, env={**plan.env, **env}, template=None, gpu=manifest.gpu.model_dump(mode="json"))

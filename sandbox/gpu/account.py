@@ -75,7 +75,8 @@ class UnitTally:
         self.processes = len(mine)
         self.processes_peak = max(self.processes_peak, len(mine))
         self._recent.update(mine)
-        if reading.processes is None or any(pid not in mine for pid in reading.processes):
+        # The driver may still list a process that has just been killed.
+        if reading.processes is None or not self._recent.issuperset(reading.processes):
             self._others = True
         self._add_memory(reading, mine)
         if reading.detail is not None:

@@ -53,7 +53,8 @@ class GpuFacts:
     """The GPUs of the supervisor's host. `trouble`: why none can be granted, by NVML's name for it; then `fix`.
 
     `pids`: whether NVML's process ids are ours, so that a process can be told to be a call's. `memory_limits`: whether
-    the driver itself can limit a cgroup's memory. `libraries`: files of the driver outside the system's directories.
+    the driver itself can limit a cgroup's memory. `libraries`: the driver's files outside the system's directories, each as (where it
+    really is, the name that programs look for).
     """
 
     driver: str = ""
@@ -61,7 +62,7 @@ class GpuFacts:
     fix: str = ""
     units: tuple[GpuUnit, ...] = ()
     control_nodes: tuple[GpuNode, ...] = ()
-    libraries: tuple[str, ...] = ()
+    libraries: tuple[tuple[str, str], ...] = ()
     pids: Feature = field(default_factory=lambda: Feature(True))
     memory_limits: Feature = field(default_factory=lambda: Feature(False))
     unknown: tuple[str, ...] = ()
@@ -72,8 +73,8 @@ class GpuFacts:
         fields = dict(data)
         fields["units"] = tuple(_unit(unit) for unit in data["units"])
         fields["control_nodes"] = tuple(GpuNode(**node) for node in data["control_nodes"])
-        for name in ("libraries", "unknown"):
-            fields[name] = tuple(data[name])
+        fields["libraries"] = tuple((source, name) for source, name in data["libraries"])
+        fields["unknown"] = tuple(data["unknown"])
         for name in ("pids", "memory_limits"):
             fields[name] = Feature(**data[name])
         return cls(**fields)

@@ -177,14 +177,14 @@ def find_node(places: Places, name: str, accesses: str = "rw") -> GpuNode | None
     return GpuNode(name, os.major(info.st_rdev), os.minor(info.st_rdev), accesses, usable)
 
 
-def _libraries() -> tuple[str, ...]:
+def _libraries() -> tuple[tuple[str, str], ...]:
     """The driver's libraries where they lie outside the system's directories, which every jail sees anyway."""
     path = libraries.loaded_path(LIBRARY.partition(".so")[0])
     if not path or path.startswith(SYSTEM_DIRECTORIES):
         return ()
     directory = os.path.dirname(path)
     found = {name for pattern in LIBRARY_NAMES for name in glob.glob(f"{directory}/{pattern}")}
-    return tuple(sorted(name for name in found if os.path.isfile(name)))
+    return tuple((os.path.realpath(name), name) for name in sorted(found) if os.path.isfile(name))
 
 
 def _pids(places: Places) -> Feature:

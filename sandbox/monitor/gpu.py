@@ -45,6 +45,7 @@ class Finding:
     message: str
     evidence: dict[str, Any]
     response: str = "note"
+    techniques: tuple[str, ...] = TECHNIQUES
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,7 +54,7 @@ class Finding:
             "fault": "tool",
             "message": self.message,
             "evidence": self.evidence,
-            "techniques": list(TECHNIQUES),
+            "techniques": list(self.techniques),
             "response": self.response,
         }
 
@@ -77,6 +78,16 @@ def gpu_used_without_grant(pid: int, uuid: str, granted: Sequence[str]) -> Findi
         {"pid": pid, "uuid": uuid, "granted": list(granted)},
         response="kill",
     )
+
+
+def gpu_limit(limit: str, seen: float, allowed: float, evidence: dict[str, Any]) -> Finding:
+    """A limit of the GPU's own was crossed, and the call was ended for it."""
+    message = f"{limit}: {_number(seen)} seen, {_number(allowed)} allowed"
+    return Finding("gpu_limit", "breach", message, evidence, response="freeze, kill", techniques=())
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.3f}"
 
 
 def gpu_steady_duty(points: Sequence[DutyPoint], uuid: str, *, percent: int, time_s: float) -> Finding | None:

@@ -57,7 +57,7 @@ async def gather(
     journal = await call.egress.finish() if call.egress is not None else None
     if journal is not None:
         stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
-    gpu = await call.gpu.finish(call.reaction_s) if call.gpu is not None else {}
+    gpu = await call.gpu.finish() if call.gpu is not None else {}
     stats["gpu"] = gpu.get("usage")
     isolation: dict[str, Any] = {"applied": call.jail.steps_applied, "notes": call.jail.notes}
     if call.jail.group is not None:

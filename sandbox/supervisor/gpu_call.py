@@ -5,8 +5,10 @@ A breach is answered by freezing the call, so that it does not go on while it is
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -58,6 +60,8 @@ class CallGpu:
         self._seen_pids: set[int] = set()
         self._rules_said: set[str] = set()
         self._breach: Breach | None = None
+        self._reaction_s: float | None = None
+        self._ended: asyncio.Task[None] | None = None
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -164,6 +168,8 @@ class CallGpu:
         """Freeze and kill. The first reason counts."""
         if self.watched is None:
             return
+        if self._ended is None:
+            self._ended = asyncio.get_running_loop().create_task(self._time_death(self.watched, time.monotonic()))
         group = self.watched.jail.group
         if group is not None:
             # Frozen, it takes no more while it is being killed. Where nothing can freeze, the kill alone has to do.
@@ -171,7 +177,12 @@ class CallGpu:
                 group.freeze(timeout_s=0)
         self.watched.stop(reason)
 
-    async def finish(self, reaction_s: float | None) -> dict[str, Any]:
+    async def _time_death(self, watched: Watched, started_s: float) -> None:
+        """How long it took from the decision until nothing of the call was left."""
+        await watched.jail.gone.wait()
+        self._reaction_s = time.monotonic() - started_s
+
+    async def finish(self) -> dict[str, Any]:
         """When nothing of the call runs any more: `usage`, `findings` and `enforcement` for the record."""
         self._guard.unwatch(self)
         if self.units:
@@ -181,9 +192,9 @@ class CallGpu:
                     if not reading.trouble:
                         self.account.add(reading, ())
         if self._breach is not None:
-            evidence = {**self._breach.to_json(), "reaction_s": reaction_s}
-            message = f"{self._breach.limit}: {self._breach.seen:g} seen, {self._breach.allowed:g} allowed"
-            self._note(rules.Finding("gpu_limit", "breach", message, evidence, response="freeze, kill"))
+            breach = self._breach
+            evidence = {**breach.to_json(), "reaction_s": self._reaction_s}
+            self._note(rules.gpu_limit(breach.limit, breach.seen, breach.allowed, evidence))
         # Given back before the caller is answered, who may want the same unit for the next call.
         await self.close()
         return {
@@ -201,6 +212,8 @@ class CallGpu:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._ended is not None:
+            self._ended.cancel()
         try:
             if self._power_before:
                 await self._guard.apart.do(self._put_back_power)
