@@ -116,6 +116,8 @@ def readings(path: str) -> tuple[Segments | None, ...]:
 
     `path` is a request target's, printable ASCII, without its query.
     """
+    if not path.startswith("/"):
+        return (None,)
     if _PLAIN.fullmatch(path):
         return (tuple(path[1:].split("/")),)
     found: dict[Segments | None, None] = {}

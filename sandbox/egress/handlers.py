@@ -32,37 +32,36 @@ class TlsRelay:
         self._context: ssl.SSLContext = hello_context()
 
     async def __call__(self, flow: Flow) -> None:
-        hello, early = await self._read_hello(flow)
-        flow.proto = "tls"
-        flow.sni = (hello.name or "")[:253]
-        _check_name(flow, hello)
+        early = await read_hello(flow, self._context)
         await flow.relay(await flow.dial(), early)
 
-    async def _read_hello(self, flow: Flow) -> tuple[Hello, bytes]:
-        """The hello and the bytes that it came in."""
-        reader = HelloReader(self._context)
-        early = b""
-        deadline = flow.started + HELLO_TIMEOUT_S
-        while True:
-            try:
-                data = await flow.read_early(max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                raise Refused("hello_timeout", f"{HELLO_TIMEOUT_S:g} s") from None
-            if not data:
-                # Opened and closed without a word: a look at the port, which the rule allows.
-                raise (
-                    Refused("not_tls", "it ended within the ClientHello")
-                    if early
-                    else Refused("no_data", is_denial=False)
-                )
-            early += data
-            try:
-                hello = reader.feed(data)
-            except NotTls as error:
-                flow.note_first(early)
-                raise Refused("not_tls", str(error)) from None
-            if hello is not None:
-                return hello, early
+
+async def read_hello(flow: Flow, context: ssl.SSLContext, early: bytes = b"") -> bytes:
+    """Read the ClientHello and check its name; returns the bytes that it came in. `early`: those read before."""
+    reader = HelloReader(context)
+    deadline = flow.started + HELLO_TIMEOUT_S
+    data = early
+    while True:
+        try:
+            hello = reader.feed(data) if data else None
+        except NotTls as error:
+            flow.note_first(early)
+            raise Refused("not_tls", str(error)) from None
+        if hello is not None:
+            flow.proto = "tls"
+            flow.sni = (hello.name or "")[:253]
+            _check_name(flow, hello)
+            return early
+        try:
+            data = await flow.read_early(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise Refused("hello_timeout", f"{HELLO_TIMEOUT_S:g} s") from None
+        if not data:
+            # Opened and closed without a word: a look at the port, which the rule allows.
+            raise (
+                Refused("not_tls", "it ended within the ClientHello") if early else Refused("no_data", is_denial=False)
+            )
+        early += data
 
 
 def _check_name(flow: Flow, hello: Hello) -> None:
