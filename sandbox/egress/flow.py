@@ -60,6 +60,7 @@ class Flow:
         self.meter = Meter(session.flow_limits)
         self.meters: tuple[Meter, ...] = (self.meter, session.meter)
         self.resolved: Address | None = None
+        self.is_dialled = False
         self.pump: Pump | None = None
         self.idle_since = self.started = time.monotonic()
         self._t = session.now()
@@ -98,7 +99,9 @@ class Flow:
         for address in await self._judged_addresses():
             self.resolved = address
             try:
-                return await _connect(address, self.port)
+                back = await _connect(address, self.port)
+                self.is_dialled = True
+                return back
             except (OSError, TimeoutError) as error:
                 last = error
         text = "timed out" if isinstance(last, TimeoutError) else (last.strerror or str(last)) if last else "no address"
@@ -231,7 +234,8 @@ class Flow:
             detail=detail,
             sni=self.sni,
             resolved_ip=str(self.resolved or ("" if self.name else self.address)),
-            bytes_out=self.meter.up,
+            # What was read to be looked at and went nowhere is no byte that left.
+            bytes_out=self.meter.up if self.is_dialled else 0,
             bytes_in=self.meter.down,
             duration_s=round(time.monotonic() - self.started, 6),
         )

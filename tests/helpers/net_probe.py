@@ -154,7 +154,7 @@ def flood(host, port, count, hold=False, send=""):
         ends[end] = ends.get(end, 0) + 1
     for sock in held:
         try:
-            sock.settimeout(3)
+            sock.settimeout(15)
             end = "held data" if sock.recv(1) else "held eof"
         except OSError as error:
             end = f"held {code(error)}"

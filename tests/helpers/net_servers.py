@@ -8,7 +8,6 @@ import os
 import socket
 import ssl
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -202,8 +201,9 @@ class Certificates:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.x509.oid import NameOID
 
-        self._directory = Path(tempfile.mkdtemp(prefix="toolcall-sandbox-ca-", dir="/tmp"))
-        self._directory.chmod(0o755)
+        # Beside the world's state directory, and gone with the world.
+        self._directory = Path(os.environ["SANDBOX_STATE"]).parent / "certificates"
+        self._directory.mkdir(mode=0o755)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stand-in authority")])
         self.ca_path = str(self._directory / "ca.pem")

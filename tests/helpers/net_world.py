@@ -91,7 +91,7 @@ def _make(hosts: Mapping[str, str], directory: Path) -> None:
     ):
         (directory / name).write_text(text)
         mounts.bind(str(directory / name), os.path.realpath(f"/etc/{name}"), 0)
-    os.environ["SANDBOX_STATE"] = tempfile.mkdtemp(prefix="state-", dir="/tmp")
+    os.environ["SANDBOX_STATE"] = str(directory / "state")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:

@@ -42,6 +42,7 @@ def furnish(outside: Outside) -> None:
     for address in (WEB, WEB_V6, OTHER):
         for name, handler in {**handlers, "silent": silent}.items():
             outside.serve(name, address, PORTS[name], handler)
+    outside.serve("private", "10.1.2.3", 80, http)
     outside.serve("tls", WEB, 443, Certificates().tls(http, "www.example.test"))
     # What /etc/hosts does not know goes to this resolver, which changes its mind after the first answer.
     outside.serve_names("127.0.0.54", answers)
@@ -209,8 +210,8 @@ def test_no_refused_name_is_asked_outside(played: tuple[dict[str, Seen], list[st
 def test_a_name_that_changes_its_address_is_judged_each_time(seen: dict[str, Seen]) -> None:
     """The first answer may be used for some seconds; the private second one is never dialled."""
     scene = seen["rebinding"]
-    assert scene.results[0]["ok"]
-    assert {label for label, _ in scene.reached} <= {"http"}
+    assert {label for label, _ in scene.reached} <= {"http"}, "the private address has a server, which nobody reached"
+    assert scene.attempts(transport="tcp")
     for attempt in scene.attempts(transport="tcp"):
         assert attempt["resolved_ip"] == WEB or attempt["reason"] == "closed_address"
 
@@ -289,6 +290,7 @@ def test_a_flood_is_refused_counted_and_harms_nobody(seen: dict[str, Seen]) -> N
 
 def test_half_open_hellos_are_bounded(seen: dict[str, Seen]) -> None:
     scene = seen["half-open hellos"]
-    assert scene.result["held ECONNRESET"] == 300
+    assert scene.usage["network_bytes_out"] == 0
+    assert scene.result["held ECONNRESET"] + scene.result.get("ECONNRESET", 0) == 300
     assert sum(item.get("count", 1) for item in scene.attempts(reason="hello_timeout")) == 100
     assert scene.reached == []

@@ -1,0 +1,224 @@
+"""The gateway itself: it fails closed, calls on it know nothing of each other, and it needs no privilege."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.net_scenes import PROBE, do
+from tests.helpers.net_servers import Outside, echo, http
+from tests.helpers.net_world import OTHER, WEB, run_in_world, wait_until
+
+pytestmark = pytest.mark.needs("userns")
+
+HOSTS = {"www.example.test": WEB, "two.example.test": OTHER, **{f"h{n}.example.test": WEB for n in range(64)}}
+GET = "GET /x HTTP/1.1\r\nhost: h\r\n\r\n"
+
+
+def gateways() -> list[int]:
+    """The gateway processes of this world: those in our network namespace."""
+    ours = os.readlink("/proc/self/ns/net")
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"sandbox.egress.gateway" in command and _namespace(pid) in (ours, ""):
+                found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+def _namespace(pid: str) -> str:
+    """Empty when it may not be read: the gateway is not dumpable, and we are no root."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except PermissionError:
+        return "" if os.stat(f"/proc/{pid}").st_uid in (0, os.getuid()) else "other"
+
+
+def probe(*actions: Any) -> list[str]:
+    return ["python3", "-c", PROBE, json.dumps(actions)]
+
+
+def furnish() -> Outside:
+    outside = Outside()
+    for address in (WEB, OTHER):
+        outside.serve(f"http {address}", address, 80, http)
+        outside.serve(f"echo {address}", address, 7, echo)
+    return outside
+
+
+def get(host: str) -> dict[str, Any]:
+    return do("tcp", host=host, port=80, send=GET, once=True)
+
+
+def lose_the_gateway(signal_number: int) -> dict[str, Any]:
+    """Start a call that keeps connecting, signal the gateway in its midst; then another call."""
+    from sandbox import Sandbox
+    from sandbox.egress import client
+
+    outside = furnish()
+    with Sandbox("python", allow_hosts=["www.example.test:*"], wall_time="60s") as box:
+        told: dict[str, Any] = {"before": box.run(probe(get("www.example.test"))).ok}
+        (pid,) = gateways()
+        flood = do("flood", host="www.example.test", port=7, count=1_000_000, send="x")
+        outcomes: list[Any] = []
+        caller = threading.Thread(target=lambda: outcomes.append(box.run(probe(flood))))
+        caller.start()
+        assert wait_until(lambda: outside.count(f"echo {WEB}") > 20)
+        started = time.monotonic()
+        os.kill(pid, signal_number)
+        caller.join(client.HANG_S + 30)
+        told["seconds"] = time.monotonic() - started
+        told["ending"] = outcomes[0].ending.to_json()
+        told["network"] = outcomes[0].record.to_json()["network"]
+        reached = len(outside.reached)
+        time.sleep(0.3)
+        told["still reached"] = len(outside.reached) - reached
+        told["after"] = box.run(probe(get("www.example.test"))).ok
+        told["new gateway"] = gateways() not in ([], [pid])
+    told["left"] = wait_until(lambda: gateways() == [])
+    return told
+
+
+def test_a_call_that_loses_the_gateway_ends_and_nothing_passes_any_more() -> None:
+    told = run_in_world(lambda: lose_the_gateway(signal.SIGKILL), HOSTS)
+    assert told["before"]
+    assert (told["ending"]["kind"], told["ending"]["fault"]) == ("lost", "us")
+    assert told["seconds"] < 5
+    assert told["network"] is None, "nobody knows what passed, and the record says so"
+    assert told["still reached"] == 0
+    assert told["after"], "the next call gets a new gateway"
+    assert told["new gateway"]
+    assert told["left"], "and the gateway ends with its supervisor"
+
+
+def test_a_gateway_that_hangs_is_taken_for_lost() -> None:
+    told = run_in_world(lambda: lose_the_gateway(signal.SIGSTOP), HOSTS)
+    assert (told["ending"]["kind"], told["ending"]["fault"]) == ("lost", "us")
+    assert told["still reached"] == 0
+    assert told["after"]
+
+
+def fifty_calls() -> list[dict[str, Any]]:
+    from sandbox import Sandbox
+
+    furnish()
+    told: list[dict[str, Any]] = [{} for _ in range(50)]
+    with Sandbox("python", wall_time="60s") as box:
+
+        def one(index: int) -> None:
+            own, others = f"h{index}.example.test", f"h{(index + 1) % 50}.example.test"
+            outcome = box.run(probe(get(own), get(others), get(WEB)), allow_hosts=[f"{own}:80"])
+            record = outcome.record.to_json()
+            told[index] = {
+                "results": json.loads(outcome.stdout or b"[]"),
+                "hosts": sorted({item["host"] for item in record["network"] or []}),
+                "allowed": [item["host"] for item in record["network"] or [] if item["proto"] == "http"],
+                "ending": outcome.ending.to_json(),
+            }
+
+        threads = [threading.Thread(target=one, args=(index,)) for index in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return told
+
+
+def test_fifty_calls_at_once_are_judged_each_by_its_own_manifest() -> None:
+    for index, told in enumerate(run_in_world(fifty_calls, HOSTS)):
+        own, others = f"h{index}.example.test", f"h{(index + 1) % 50}.example.test"
+        assert told["ending"]["kind"] == "ok", told
+        allowed, other, literal = told["results"]
+        assert "you asked for /x" in allowed.get("text", ""), told
+        assert other["error"] == "EAI_NONAME"
+        assert literal["error"] == "ECONNRESET"
+        assert told["hosts"] == sorted([own, others, WEB])
+        assert told["allowed"][:1] == [own]
+
+
+def privileges() -> dict[str, Any]:
+    from sandbox import Sandbox
+
+    furnish()
+    with Sandbox("python", allow_hosts=["www.example.test:80"]) as box:
+        ok = box.run(probe(get("www.example.test"))).ok
+        (pid,) = gateways()
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
+        environment = b""
+        if os.geteuid() == 0:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+    return {"ok": ok, "status": status, "environment": environment.decode()}
+
+
+def test_the_gateway_has_no_privilege_and_no_environment() -> None:
+    told = run_in_world(privileges, HOSTS)
+    assert told["ok"]
+    status = told["status"]
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapInh"], 16) == 0
+    if os.geteuid() == 0:
+        uids = set(status["Uid"].split())
+        assert len(uids) == 1
+        assert int(uids.pop()) >= 1 << 16
+        assert status["Groups"].strip() == ""
+        names = {item.partition("=")[0] for item in told["environment"].split("\0") if item}
+        assert names <= {"LOCALDOMAIN", "RES_OPTIONS", "LC_CTYPE"}
+
+
+def no_gateway_without_need() -> dict[str, Any]:
+    from sandbox import Sandbox
+
+    furnish()
+    with Sandbox("python") as box:
+        outcome = box.run(probe(do("lookup", host="www.example.test"), get(WEB)))
+        return {
+            "results": json.loads(outcome.stdout),
+            "gateways": len(gateways()),
+            "network": outcome.record.to_json()["network"],
+        }
+
+
+def test_without_an_allowlist_there_is_no_gateway_and_no_route() -> None:
+    told = run_in_world(no_gateway_without_need, HOSTS)
+    lookup, connect = told["results"]
+    assert lookup["error"].startswith("EAI")
+    assert connect["error"] == "ENETUNREACH"
+    assert told["gateways"] == 0
+    assert told["network"] is None
+
+
+def functions() -> dict[str, Any]:
+    from sandbox import Sandbox, sandboxed
+
+    furnish()
+
+    @sandboxed("python", allow_hosts=["www.example.test:80"])
+    def fetch(path: str) -> str:
+        import urllib.request
+
+        with urllib.request.urlopen(f"http://www.example.test{path}", timeout=10) as reply:
+            text: str = reply.read().decode()
+        return text
+
+    with Sandbox("python") as _box:
+        warm = [fetch(f"/{n}") for n in range(5)]
+        outcome = fetch.call("/again")
+    return {"warm": warm, "network": outcome.record.to_json()["network"]}
+
+
+def test_a_decorated_function_fetches_from_the_host_that_it_names() -> None:
+    told = run_in_world(functions, HOSTS)
+    assert told["warm"] == [f"you asked for /{n}" for n in range(5)]
+    assert [item["host"] for item in told["network"] if item["proto"] == "http"] == ["www.example.test"]
