@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.escape.conftest import Secret
-from tests.helpers.escape import Errno, Jail, source
+from tests.helpers.escape import TIME_FACTOR, Errno, Jail, source
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -37,7 +37,9 @@ def call_from_a_process(state: Path, files: list[Path], *actions: list[object], 
     argv = [sys.executable, "-c", CALLER, str(state), json.dumps(list(map(str, files)))]
     argv += [source("act"), json.dumps(actions)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, env=env, **options)  # type: ignore[call-overload]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=60 * TIME_FACTOR, check=False, env=env, **options
+    )  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
     return [result.get("ok", result.get("errno")) for result in json.loads(done.stdout)]
 
@@ -67,8 +69,11 @@ def test_the_command_lines_own_input_does_not_go_inside(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "sandbox.cli.main", "run", "--state", str(tmp_path / "state"), "--no-tty"]
     argv += ["--", "python3", "-S", "-c", source("act"), json.dumps([["descriptors"], ["reopen", 0, "r"]])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    timeout = 60 * TIME_FACTOR
     with given.open("r+b") as file:
-        done = subprocess.run(argv, stdin=file, capture_output=True, text=True, env=env, check=False, timeout=60)
+        done = subprocess.run(
+            argv, stdin=file, capture_output=True, text=True, env=env, check=False, timeout=60 * TIME_FACTOR
+        )
     found = json.loads(done.stdout)
     assert [path.split(":")[0] for path in found[0]["ok"].values()] == ["pipe"] * 3
     assert found[1] == {"ok": "given"}
@@ -137,7 +142,7 @@ def test_no_process_of_a_jail_has_the_hosts_root_uid(jail: Jail) -> None:
     zygote = jail.box._link.zygote_pid
     with jail.box.stream(["sleep", "30"]) as stream:
         del stream
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 10 * TIME_FACTOR
         while not (tools := [pid for pid in polling.descendants(zygote) if _name(pid) == "sleep"]):
             assert time.monotonic() < deadline
             time.sleep(0.02)

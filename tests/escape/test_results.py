@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sandbox import Outcome, Sandbox, ToolFailed
-from tests.helpers.escape import BOUNDS, Jail, source
+from tests.helpers.escape import BOUNDS, TIME_FACTOR, Jail, source
 from tests.helpers.workspaces import plant
 
 pytestmark = [pytest.mark.needs("jail")]
@@ -208,7 +208,7 @@ def sandbox_command(*words: str, state: Path, stdin: bytes = b"") -> subprocess.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "NO_COLOR": "1"}
     argv = [sys.executable, "-m", "sandbox.cli.main", *words, "--state", str(state)]
     argv = [*argv[: 3 + 1], "--state", str(state), *words[1:]] if words[0] == "run" else argv
-    return subprocess.run(argv, input=stdin, capture_output=True, env=env, check=False, timeout=60)
+    return subprocess.run(argv, input=stdin, capture_output=True, env=env, check=False, timeout=60 * TIME_FACTOR)
 
 
 def assert_harmless(text: bytes) -> None:

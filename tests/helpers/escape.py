@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from sandbox import Outcome, Sandbox
 
 PROBES = Path(__file__).parent / "probes"
+# Emulated machines take many times as long for everything.
+TIME_FACTOR = float(os.environ.get("SANDBOX_TIME_FACTOR", "1"))
 # A wall that does not hold must not hurt the machine that tests it.
-BOUNDS: dict[str, Any] = {"memory": "256MiB", "pids": 64, "wall_time": "20s", "disk": "32MiB", "output": "4MiB"}
+BOUNDS: dict[str, Any] = {"memory": "256MiB", "pids": 64, "disk": "32MiB", "output": "4MiB"}
+BOUNDS["wall_time"] = f"{20 * TIME_FACTOR}s"
 
 
 def source(name: str) -> str:
