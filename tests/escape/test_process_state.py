@@ -69,7 +69,6 @@ def test_the_command_lines_own_input_does_not_go_inside(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "sandbox.cli.main", "run", "--state", str(tmp_path / "state"), "--no-tty"]
     argv += ["--", "python3", "-S", "-c", source("act"), json.dumps([["descriptors"], ["reopen", 0, "r"]])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    timeout = 60 * TIME_FACTOR
     with given.open("r+b") as file:
         done = subprocess.run(
             argv, stdin=file, capture_output=True, text=True, env=env, check=False, timeout=60 * TIME_FACTOR
