@@ -190,7 +190,10 @@ class Resources(_Section):
 
 
 class Gpu(_Section):
-    """Any `count` GPUs, or the named `devices`; the limits hold for the call as a whole."""
+    """Any `count` GPUs, or the named `devices`; the limits hold for the call as a whole.
+
+    `duty_percent` for `duty_time_s` without a break is reported as a finding; it ends nothing.
+    """
 
     count: Annotated[int, _count(0, 64)] = 0
     devices: Devices = ()
@@ -201,6 +204,8 @@ class Gpu(_Section):
     power_watts: Annotated[int, _count(1, 10000)] | None = None
     processes_max: Annotated[int, _count(1, PIDS_MAX)] | None = None
     allow_mps: Annotated[bool, Field(strict=True)] = False
+    duty_percent: Annotated[int, _count(50, 100)] = 95
+    duty_time_s: Seconds = 300.0
 
 
 class Environment(_Section):

@@ -132,6 +132,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field(_GPU, "power_watts", "count", "limit", unlimited=True, help="Power in watts."),
     Field(_GPU, "processes_max", "count", "limit", unlimited=True, help="Processes on the GPU at one time."),
     Field(_GPU, "allow_mps", "flag", "order", words=("false", "true"), help="Whether MPS sharing is acceptable."),
+    Field(_GPU, "duty_percent", "count", "limit", help="From this utilisation on, steady duty is reported."),
+    Field(_GPU, "duty_time", "time", "limit", "duty_time_s", help="For how long without a break until it is reported."),
     Field(_ENV, "allow", "words", "grants", alias="env_allow", help="Variables passed on from the caller."),
     Field(_ENV, "set", "table", "grants", alias="env_set", help="Variables with a given value."),
     Field(_SEC, "entries", "table", "grants", help="Values that the gateway sets as a header for one host."),

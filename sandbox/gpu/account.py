@@ -45,9 +45,10 @@ class UnitTally:
         self.memory_bytes: int | None = 0
         self.memory_peak_bytes: int | None = None
         self.memory_by = "none"
-        self.seconds = 0.0
+        self.seconds: float | None = None
         self.seconds_by = "none"
-        self.energy_j: float | None = 0.0 if unit.energy else None
+        self.energy_j: float | None = None
+        self.is_energy_known = unit.energy
         self.shared = unit.is_slice
         self.pcie_bytes: float | None = None
         self.processes = 0
@@ -102,10 +103,10 @@ class UnitTally:
     def _add_detail(self, reading: Reading, detail: Detail, mine: Collection[int]) -> None:
         elapsed_s = reading.at_s - self._detailed.at_s
         share, basis = self._share(detail)
-        self.seconds += share * elapsed_s
+        self.seconds = (self.seconds or 0.0) + share * elapsed_s
         if self._recent:
             self._weaken("seconds_by", basis)
-        self._add_energy(detail, elapsed_s)
+        self._add_energy(detail)
         for name in ("sm_percent", "memory_percent", "power_mw"):
             self._average(name, getattr(detail, name), elapsed_s)
         if detail.pcie_bytes_per_s is not None:
@@ -126,18 +127,18 @@ class UnitTally:
             return detail.sm_percent / 100, "device"
         return 1.0, "residence"
 
-    def _add_energy(self, detail: Detail, elapsed_s: float) -> None:
+    def _add_energy(self, detail: Detail) -> None:
         before = self._detailed.detail.energy_mj if self._detailed.detail is not None else None
         if detail.energy_mj is None or before is None:
             # Unknown from here on rather than less than it was.
-            self.energy_j = None if elapsed_s > 0 else self.energy_j
+            self.energy_j, self.is_energy_known = None, False
             return
         delta_j = max(0, detail.energy_mj - before) / 1000
         if self._others:
             self.shared = True
             delta_j *= self._part(detail)
-        if self.energy_j is not None:
-            self.energy_j += delta_j
+        if self.is_energy_known:
+            self.energy_j = (self.energy_j or 0.0) + delta_j
 
     def _part(self, detail: Detail) -> float:
         """The call's part of what everybody on the device used; all of it where nobody can say."""
@@ -169,7 +170,7 @@ class UnitTally:
             "name": self.unit.name,
             "memory_peak_bytes": self.memory_peak_bytes,
             "memory_by": self.memory_by,
-            "seconds": round(self.seconds, 3),
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
             "seconds_by": self.seconds_by,
             "energy_j": None if self.energy_j is None else round(self.energy_j, 3),
             "energy_shared": self.shared,
@@ -209,7 +210,7 @@ class Account:
         asked = self.asked
         now: dict[str, tuple[float | None, float | None]] = {
             "gpu_memory": (sum(tally.memory_bytes or 0 for tally in tallies), asked.memory_bytes),
-            "gpu_seconds": (sum(tally.seconds for tally in tallies), asked.seconds),
+            "gpu_seconds": (sum(tally.seconds or 0.0 for tally in tallies), asked.seconds),
             "gpu_energy": (sum(tally.energy_j or 0.0 for tally in tallies), asked.energy_j),
             "gpu_processes": (len(pids), asked.processes_max),
         }
@@ -224,7 +225,7 @@ class Account:
         tallies = self.tallies.values()
         if "gpu_memory" in self._enforced and any(tally.memory_bytes is None for tally in tallies):
             return "gpu_memory"
-        if "gpu_energy" in self._enforced and any(tally.energy_j is None for tally in tallies):
+        if "gpu_energy" in self._enforced and any(not tally.is_energy_known for tally in tallies):
             return "gpu_energy"
         return ""
 

@@ -53,8 +53,8 @@ class GpuFacts:
     """The GPUs of the supervisor's host. `trouble`: why none can be granted, by NVML's name for it; then `fix`.
 
     `pids`: whether NVML's process ids are ours, so that a process can be told to be a call's. `memory_limits`: whether
-    the driver itself can limit a cgroup's memory. `libraries`: the driver's files outside the system's directories, each as (where it
-    really is, the name that programs look for).
+    the driver itself can limit a cgroup's memory. `libraries`: the driver's files outside the system's directories,
+    each as (where it really is, the name that programs look for).
     """
 
     driver: str = ""

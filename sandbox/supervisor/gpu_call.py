@@ -23,7 +23,7 @@ from sandbox.gpu.limits import Asked, judge
 from sandbox.gpu.nvml import LOST, NvmlTrouble
 from sandbox.gpu.sampling import Reading, Sample
 from sandbox.monitor import gpu as rules
-from sandbox.plan import LaunchPlan
+from sandbox.plan import LaunchPlan, Limit
 
 if TYPE_CHECKING:
     from sandbox._linux import cgroup
@@ -60,6 +60,7 @@ class CallGpu:
         self._seen_pids: set[int] = set()
         self._rules_said: set[str] = set()
         self._breach: Breach | None = None
+        self._is_lost = False
         self._reaction_s: float | None = None
         self._ended: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -166,6 +167,7 @@ class CallGpu:
 
     def end(self, reason: str) -> None:
         """Freeze and kill. The first reason counts."""
+        self._is_lost = self._is_lost or reason.startswith(LOST_REASON)
         if self.watched is None:
             return
         if self._ended is None:
@@ -185,7 +187,7 @@ class CallGpu:
     async def finish(self) -> dict[str, Any]:
         """When nothing of the call runs any more: `usage`, `findings` and `enforcement` for the record."""
         self._guard.unwatch(self)
-        if self.units:
+        if self.units and not self._is_lost:
             with contextlib.suppress(TimeoutError):
                 last = await self._guard.apart.do(self._last_look)
                 for reading in last.readings:
@@ -200,8 +202,15 @@ class CallGpu:
         return {
             "usage": self.account.to_json() if self.units else None,
             "findings": self.findings,
-            "enforcement": {limit.control: _row(asdict(limit)) for limit in self.limits},
+            "enforcement": {limit.control: _row(asdict(limit)) for limit in self._enforced()},
         }
+
+    def _enforced(self) -> list[Limit]:
+        """As planned, now that it is known for which units."""
+        granted = self.plan.limit("gpu")
+        if not self.units or granted is None:
+            return []
+        return [replace(granted, applied=", ".join(self.units)), *self.limits]
 
     def _last_look(self) -> Sample:
         return self._guard.sampler.look(self.units, detailed=True, jails={})
