@@ -401,6 +401,28 @@ def test_a_slow_start_is_shown_on_a_terminal_and_nowhere_else(terminal: Any, cli
         [sys.executable, "-c", source], capture_output=True, text=True, env=environment(cli.state), check=True
     )
     assert (done.stdout, done.stderr) == ("over\n", "")
+    run = (
+        "import sys; from sandbox.cli import main, progress; progress.AFTER_S = 0.01\n"
+        "sys.argv = ['sandbox', 'run', '--', 'sh', '-c', 'echo it runs; exit 3']; main.main()"
+    )
+    screen = terminal(argv=[sys.executable, "-c", run])
+    screen.wait_for("sandbox: starting")
+    screen.wait_for("it runs")
+    assert screen.wait() == 3
+
+
+def test_a_run_loads_nothing_that_it_does_not_need(cli: Cli) -> None:
+    source = (
+        "import sys; from sandbox.cli import main; sys.argv = ['sandbox', 'run', '--', 'true']\n"
+        "try: main.main()\nexcept SystemExit: print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, env=environment(cli.state), check=True
+    )
+    loaded = set(done.stdout.split())
+    unwanted = {"asyncio", "rich", "numpy", "cloudpickle", "cryptography", "logging", "ssl", "sandbox.codec"}
+    assert "sandbox.runtime" in loaded
+    assert not unwanted & loaded
 
 
 # -- workspaces and files -------------------------------------------------------------------------------------------
