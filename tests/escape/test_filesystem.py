@@ -5,13 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sandbox import ManifestError, Sandbox
+from sandbox._linux import files
 from sandbox.planner import DEVICE_NODES
 from tests.escape.conftest import Secret
-from tests.helpers.escape import Errno, Jail
+from tests.helpers.escape import BOUNDS, Errno, Jail
+from tests.helpers.workspaces import held
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -84,8 +91,6 @@ def test_accounts_of_the_host_are_not_listed(jail: Jail) -> None:
 
 def test_a_grant_that_was_replaced_by_a_link_is_refused(jail: Jail, secret: Secret, tmp_path: Path) -> None:
     """Between the resolution of a profile and the launch somebody turns the granted path into a link."""
-    from sandbox import Sandbox
-
     granted = tmp_path / "granted"
     granted.mkdir()
     (granted / "secret").write_text("harmless")
@@ -99,6 +104,56 @@ def test_a_grant_that_was_replaced_by_a_link_is_refused(jail: Jail, secret: Secr
     assert os.strerror(errno.ELOOP) in outcome.ending.message
     assert secret.text.encode() not in outcome.stdout
     assert outcome.record.ending.kind == "launch_error"
+
+
+@contextmanager
+def swapping(one: Path, other: Path) -> Iterator[None]:
+    """Two names that trade places without end, each time in one step (renameat2 with RENAME_EXCHANGE)."""
+    stop = threading.Event()
+
+    def swap() -> None:
+        fd = os.open(one.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            while not stop.is_set():
+                files.rename_exchange(fd, one.name, fd, other.name)
+        finally:
+            os.close(fd)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("where", ["grant", "nested", "workspace"])
+def test_a_grant_that_is_swapped_for_a_link_all_the_time_never_leads_out(
+    jail: Jail, secret: Secret, tmp_path: Path, where: str
+) -> None:
+    """Whoever may write the directory above the grant races every step between resolving and mounting."""
+    top = tmp_path / "top"
+    granted = top / "granted"
+    granted.mkdir(parents=True)
+    (granted / "secret").write_text("harmless")
+    (top / "link").symlink_to(secret.directory)
+    overrides: dict[str, Any] = {"read": [str(granted)]}
+    if where == "nested":
+        overrides["write"] = [str(top)]
+    if where == "workspace":
+        overrides = {"workspace": str(granted), "workspace_mode": "rw"}
+    seen = set()
+    with Sandbox("shell", state=jail.box.state, **BOUNDS, **overrides) as box, swapping(granted, top / "link"):
+        for _ in range(25):
+            try:
+                outcome = box.run(["cat", f"{granted}/secret"])
+            except ManifestError:
+                continue
+            assert secret.text.encode() not in outcome.stdout
+            seen.add(outcome.ending.kind)
+    assert seen <= {"ok", "launch_error", "tool_error"}
+    assert held(secret.directory) == {"secret": secret.text}
 
 
 @pytest.mark.parametrize(

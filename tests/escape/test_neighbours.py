@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sandbox import Sandbox
 from sandbox.supervisor import polling
-from tests.helpers.escape import Errno, Jail
+from tests.helpers.escape import BOUNDS, Errno, Jail
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -103,6 +104,35 @@ def test_nothing_of_one_call_is_there_in_the_next(jail: Jail) -> None:
     assert made == [1] * 5
     found = jail.act(*(["listdir", place] for place in places))
     assert found == [[]] * 6
+
+
+def test_what_a_function_changes_in_its_interpreter_is_not_there_in_the_next(state_root: Path) -> None:
+    """Warm calls are forked from one process that has imported what they need; none of them writes to it."""
+
+    def poison() -> list[int]:
+        import builtins
+        import json
+        import os
+        import sys
+        import threading
+
+        json.dumps = lambda *_: "poisoned"  # type: ignore[assignment]
+        builtins.len = lambda _: 42
+        sys.modules["base64"] = sys
+        os.environ["LEFT"] = "behind"
+        threading.Thread(target=lambda: None).start()
+        return [os.getpid(), os.getuid()]
+
+    def look() -> list[object]:
+        import json
+        import os
+
+        return [json.dumps([1]), len([1, 2]), os.environ.get("LEFT"), __import__("base64").b64encode(b"x").decode()]
+
+    with Sandbox("python", state=state_root, **BOUNDS) as box:
+        for _ in range(3):
+            assert box.call(poison).unwrap()[1] == 1000
+            assert box.call(look).unwrap() == ["[1]", 2, None, "eA=="]
 
 
 def test_two_jails_on_one_workspace_meet_only_there(jail: Jail, tmp_path: Path) -> None:
