@@ -161,7 +161,11 @@ class CallGpu:
             self.end(f"{LOST_REASON}:{name}")
 
     def _note(self, finding: rules.Finding | None) -> None:
-        if finding is not None and len(self.findings) < FINDINGS_MAX:
+        if finding is None or len(self.findings) >= FINDINGS_MAX:
+            return
+        # Of the command that was asked for and the process that it became, one is enough.
+        same = finding.evidence.get("matched")
+        if same is None or all(same != other["evidence"].get("matched") for other in self.findings):
             self._rules_said.add(finding.rule)
             self.findings.append(finding.to_json())
 
