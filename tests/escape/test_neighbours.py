@@ -116,8 +116,8 @@ def test_what_a_function_changes_in_its_interpreter_is_not_there_in_the_next(sta
         import sys
         import threading
 
-        json.dumps = lambda *_: "poisoned"  # type: ignore[assignment]
-        builtins.len = lambda _: 42
+        json.JSONEncoder.item_separator = "poisoned"
+        builtins.sorted = lambda _: [42]
         sys.modules["base64"] = sys
         os.environ["LEFT"] = "behind"
         threading.Thread(target=lambda: None).start()
@@ -127,12 +127,13 @@ def test_what_a_function_changes_in_its_interpreter_is_not_there_in_the_next(sta
         import json
         import os
 
-        return [json.dumps([1]), len([1, 2]), os.environ.get("LEFT"), __import__("base64").b64encode(b"x").decode()]
+        text = __import__("base64").b64encode(b"x").decode()
+        return [json.JSONEncoder.item_separator, sorted([2, 1]), os.environ.get("LEFT"), text]
 
     with Sandbox("python", state=state_root, **BOUNDS) as box:
         for _ in range(3):
             assert box.call(poison).unwrap()[1] == 1000
-            assert box.call(look).unwrap() == ["[1]", 2, None, "eA=="]
+            assert box.call(look).unwrap() == [", ", [1, 2], None, "eA=="]
 
 
 def test_two_jails_on_one_workspace_meet_only_there(jail: Jail, tmp_path: Path) -> None:
