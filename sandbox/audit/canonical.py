@@ -36,6 +36,7 @@ _INVISIBLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202f\u205f-\u206f"
     r"\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
 )
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -70,16 +71,35 @@ def bounded(text: str, max_bytes: int = TEXT_MAX_BYTES) -> str:
     return raw[:max_bytes].decode("utf-8", "ignore") + note
 
 
+class Settled(dict[str, Any]):
+    """A group of a record that will not change any more: it is walked and encoded once, however many entries hold it.
+
+    Precondition: it stands right below the top of an entry, so that nesting is counted alike wherever it is.
+    """
+
+    __slots__ = ("_text",)
+    _text: str
+
+    @property
+    def text(self) -> str:
+        """Its canonical text."""
+        try:
+            return self._text
+        except AttributeError:
+            self._text = _text(dict(self), 1)
+            return self._text
+
+
 class _Cleaner:
     """One walk over the data, noting what the C encoder would not write canonically.
 
-    `ascii_keys`: RFC 8785 sorts by UTF-16 units, Python by code points; they agree within ASCII. `numbers`: stand-ins
-    for floats that ECMAScript and Python write differently.
+    `ascii_keys`: RFC 8785 sorts by UTF-16 units, Python by code points; they agree within ASCII. `texts`: by stand-in,
+    the floats that ECMAScript and Python write differently, and what is encoded already.
     """
 
     def __init__(self, *, stand_ins: bool = False) -> None:
         self.ascii_keys = True
-        self.numbers: dict[str, float] = {}
+        self.texts: dict[str, str] = {}
         self._nonce = token_hex(16) if stand_ins else ""
 
     def walk(self, value: Any, depth: int) -> Any:
@@ -94,6 +114,8 @@ class _Cleaner:
             return self.number(float(value))
         if depth >= DEPTH_MAX:
             return f"[deeper than {DEPTH_MAX} levels]"
+        if isinstance(value, Settled) and self._nonce and depth == 1:
+            return self.stand_in(value.text)
         if isinstance(value, Mapping):
             return self.mapping(value, depth)
         if isinstance(value, (list, tuple)):
@@ -116,10 +138,13 @@ class _Cleaner:
             return int(value)
         if self._nonce and "e" in repr(value):
             # Python takes to exponents at other magnitudes than ECMAScript does, and writes them differently.
-            name = f"{self._nonce}{len(self.numbers)}"
-            self.numbers[name] = value
-            return name
+            return self.stand_in(rfc8785.dumps(value).decode())
         return value
+
+    def stand_in(self, text: str) -> str:
+        name = f"{self._nonce}{len(self.texts)}"
+        self.texts[name] = text
+        return name
 
     def mapping(self, value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         clean: dict[str, Any] = {}
@@ -168,15 +193,19 @@ def clean(value: Any) -> Any:
 
 def encode(value: Any) -> bytes:
     """The RFC 8785 bytes of `clean(value)`."""
+    return _text(value, 0).encode()
+
+
+def _text(value: Any, depth: int) -> str:
     cleaner = _Cleaner(stand_ins=True)
-    data = cleaner.walk(value, 0)
+    data = cleaner.walk(value, depth)
     if not cleaner.ascii_keys:
-        return rfc8785.dumps(clean(value))
+        return rfc8785.dumps(_Cleaner().walk(value, depth)).decode()
     # Same bytes as rfc8785 gives (a property test compares them), six times faster.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    for name, number in cleaner.numbers.items():
-        text = text.replace(f'"{name}"', rfc8785.dumps(number).decode(), 1)
-    return text.encode()
+    text = _encoder.encode(data)
+    for name, instead in cleaner.texts.items():
+        text = text.replace(f'"{name}"', instead, 1)
+    return text
 
 
 def digest(data: bytes) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.audit.attestation import attestation
-from sandbox.audit.canonical import bounded
+from sandbox.audit.canonical import Settled, bounded
 from sandbox.audit.entry import SCHEMA
 from sandbox.audit.view import Record as Record
 from sandbox.errors import AuditError
@@ -72,6 +72,19 @@ class Opening:
     agent: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 1
     producer_version: str = ""
+    common: Common | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The groups that are the same in every record of calls of one kind, from one caller. Made once by `common`."""
+
+    principal: Settled
+    host: Settled
+    policy: Settled
+    isolation: Settled
+    enforcement: Settled
+    producer: Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +138,23 @@ def rfc3339(time_ns: int) -> str:
     return f"{seconds}.{time_ns // 1000 % 1_000_000:06d}Z"
 
 
+def common(opening: Opening) -> Common:
+    """What `opening` has in common with others of the same policy, plan, host and principal."""
+    plan = opening.plan or {}
+    return Common(
+        principal=Settled(_names(opening.principal)),
+        host=Settled(_names(opening.host)),
+        policy=Settled(_policy(opening.policy, opening.policy.get("manifest") or {})),
+        isolation=Settled(_isolation(plan)),
+        enforcement=Settled({str(limit["control"]): _limit(limit) for limit in plan.get("limits", ())}),
+        producer=Settled({"name": "toolcall-sandbox", "version": opening.producer_version}),
+    )
+
+
 def opened_record(opening: Opening) -> dict[str, Any]:
     """The record as it stands before launch."""
     call, plan, manifest = opening.call, opening.plan or {}, opening.policy.get("manifest") or {}
+    shared = opening.common or common(opening)
     captures = _captures(manifest)
     left_out: dict[str, int] = {}
     return {
@@ -135,24 +162,24 @@ def opened_record(opening: Opening) -> dict[str, Any]:
         "record_id": opening.record_id,
         "call_id": opening.call_id,
         "attempt": opening.attempt,
-        "context": {
-            "why": _text(call.get("why")),
-            "session": _name(call.get("session")),
-            "trace_id": _name(call.get("trace_id")),
-            "span_id": _name(call.get("span_id")),
-            "parent_record_id": _name(call.get("parent_record_id")),
-        },
+        "context": Settled(
+            why=_text(call.get("why")),
+            session=_name(call.get("session")),
+            trace_id=_name(call.get("trace_id")),
+            span_id=_name(call.get("span_id")),
+            parent_record_id=_name(call.get("parent_record_id")),
+        ),
         "time": {"time_start": opening.time_start, "time_end": None, "duration_s": None},
-        "agent": {"name": _name(call.get("agent")), **_names(opening.agent)},
-        "principal": _names(opening.principal),
-        "host": _names(opening.host),
-        "tool": _tool(call, captures),
-        "command": _command(call, plan, left_out),
-        "policy": _policy(opening.policy, manifest),
-        "isolation": _isolation(plan),
-        "enforcement": {str(limit["control"]): _limit(limit) for limit in plan.get("limits", ())},
+        "agent": Settled({"name": _name(call.get("agent")), **_names(opening.agent)}),
+        "principal": shared.principal,
+        "host": shared.host,
+        "tool": Settled(_tool(call, captures)),
+        "command": Settled(_command(call, plan, left_out)),
+        "policy": shared.policy,
+        "isolation": shared.isolation,
+        "enforcement": shared.enforcement,
         "truncated": left_out,
-        "producer": {"name": "toolcall-sandbox", "version": opening.producer_version},
+        "producer": shared.producer,
     }
 
 
@@ -163,7 +190,8 @@ def closed_record(opened: Mapping[str, Any], closing: Closing) -> dict[str, Any]
     record = {key: value for key, value in opened.items() if key not in ("integrity", "entry")}
     record["time"] = {**opened["time"], "time_end": closing.time_end, "duration_s": closing.duration_s}
     record["isolation"] = _closed_isolation(opened["isolation"], closing)
-    record["enforcement"] = {**opened["enforcement"], **closing.enforcement}
+    if closing.enforcement:
+        record["enforcement"] = {**opened["enforcement"], **closing.enforcement}
     record["usage"] = {**_USAGE, **closing.usage}
     record["network"] = _items("network", closing.network, left_out)
     record["files"] = _files(closing.files, left_out)

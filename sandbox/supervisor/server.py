@@ -46,6 +46,7 @@ STOP_TIMEOUT_S = 20.0
 CALL_FDS = 16
 OWN_FDS = 512
 RUNNING_MAX = 1024
+COMMONS_MAX = 256
 
 
 class Supervisor:
@@ -61,6 +62,7 @@ class Supervisor:
         self._calls: dict[str, Call] = {}
         # Plans and policies by the caller's names for them; it bounds how many there are.
         self._known: dict[tuple[str, str], Any] = {}
+        self._commons: dict[tuple[Any, ...], audit_record.Common] = {}
         # First come, first served: what exceeds it waits, with its record opened, and its wall time not begun.
         self._slots = asyncio.Semaphore(running_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         self._closing = asyncio.Event()
@@ -182,17 +184,27 @@ class Supervisor:
             time_start=audit_record.rfc3339(time.time_ns()),
             call=ask["call"],
             policy=ask["policy"],
-            plan=_plan_data(ask),
+            plan={name: ask[name] for name in ("argv", "env", "cwd")} if "plan" in ask else None,
             host=self.host,
             principal=ask["principal"],
             producer_version=__version__,
         )
-        opened = audit_record.opened_record(opening)
+        opened = audit_record.opened_record(replace(opening, common=self._common(ask, opening)))
         self.chain.append_opened(opened, durability="flush")
         if ask["durability"] == "fsync":
             # Several calls at once share one wait for the disk.
             await asyncio.to_thread(self.chain.sync)
         return opened
+
+    def _common(self, ask: dict[str, Any], opening: audit_record.Opening) -> audit_record.Common:
+        """What its record shares with others: calls of one kind differ in few of their record's groups."""
+        key = (ask.get("policy_id"), ask.get("plan_id"), *ask["principal"].values())
+        if key not in self._commons:
+            if len(self._commons) >= COMMONS_MAX:
+                self._commons.clear()
+            plan: LaunchPlan | None = ask.get("plan")
+            self._commons[key] = audit_record.common(replace(opening, plan=_plan_data(plan) if plan else None))
+        return self._commons[key]
 
     async def _run_call(self, reply: socket.socket, ask: dict[str, Any], fds: dict[str, int]) -> None:
         started = time.monotonic()
@@ -218,7 +230,8 @@ class Supervisor:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
             gpu = await self._gpus.open_call(call_id, plan)
             plan = gpu.plan if gpu is not None else plan
-            jail = self._pool.take(plan, ask["plan_id"])
+            plan, kind = await self._egress.with_authority(plan, ask["plan_id"])
+            jail = self._pool.take(plan, kind)
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
@@ -286,11 +299,8 @@ def running_max(open_files: int) -> int:
     return max(8, min(RUNNING_MAX, (open_files - OWN_FDS) // CALL_FDS))
 
 
-def _plan_data(ask: dict[str, Any]) -> dict[str, Any] | None:
-    """Of the plan, what the record needs. None for a refused call."""
-    plan: LaunchPlan | None = ask.get("plan")
-    if plan is None:
-        return None
+def _plan_data(plan: LaunchPlan) -> dict[str, Any]:
+    """Of the plan, what the record needs."""
     return {
         "launcher": plan.launcher,
         "steps": [{"name": step.name} for step in plan.steps],
@@ -298,7 +308,6 @@ def _plan_data(ask: dict[str, Any]) -> dict[str, Any] | None:
         "isolation": plan.isolation,
         "seccomp": plan.seccomp,
         "notes": plan.notes,
-        **{name: ask[name] for name in ("argv", "env", "cwd")},
     }
 
 

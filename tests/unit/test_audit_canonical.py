@@ -12,7 +12,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox.audit.canonical import DEPTH_MAX, ITEMS_MAX, bounded, clean, encode, visible
+from sandbox.audit.canonical import DEPTH_MAX, ITEMS_MAX, Settled, bounded, clean, encode, visible
 from sandbox.errors import AuditError
 
 any_text = st.text(st.characters(codec=None), max_size=40)  # with surrogates
@@ -27,6 +27,25 @@ any_data = st.recursive(
 @given(any_data)
 def test_bytes_are_what_the_rfc8785_library_writes(data: Any) -> None:
     assert encode(data) == rfc8785.dumps(clean(data))
+
+
+groups = st.dictionaries(any_text, any_data, max_size=4)
+
+
+@given(st.dictionaries(any_text, any_data, max_size=3), st.dictionaries(any_text, groups, max_size=4))
+def test_groups_that_are_settled_have_the_bytes_of_plain_ones(plain: Any, settled: Any) -> None:
+    entry = {**plain, **{name: Settled(group) for name, group in settled.items()}}
+    expected = encode({**plain, **settled})
+    assert encode(entry) == expected
+    assert encode(entry) == expected, "the second time its text is there already"
+    assert clean(entry) == clean({**plain, **settled})
+
+
+def test_nesting_is_counted_alike_in_settled_groups() -> None:
+    deep: Any = "end"
+    for _ in range(DEPTH_MAX + 5):
+        deep = {"in": deep}
+    assert encode({"a": Settled(deep), "b": [Settled(deep)]}) == encode({"a": deep, "b": [deep]})
 
 
 @given(any_data)
