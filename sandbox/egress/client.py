@@ -21,8 +21,8 @@ from sandbox._linux import wire
 from sandbox.errors import LauncherUnavailable
 
 _BOOT: Final = (
-    "import sys; sys.path.extend(p for p in sys.argv[3:] if p not in sys.path); "
-    "from sandbox.egress.gateway import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+    "import sys; sys.path.extend(p for p in sys.argv[4:] if p not in sys.path); "
+    "from sandbox.egress.gateway import main; main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
 )
 PACKAGE_ROOT: Final = Path(__file__).resolve().parents[2]
 READY_TIMEOUT_S: Final = 60.0
@@ -59,6 +59,7 @@ class Gateway:
         self._ready = self._loop.create_future()
         self._heard = time.monotonic()
         self._is_lost = False
+        self._authority = ""
         self._ping = self._loop.call_later(PING_S, self._on_ping)
         self._loop.add_reader(control, self._on_message)
 
@@ -66,8 +67,10 @@ class Gateway:
         return f"<Gateway pid={self._process.pid} calls={len(self._ties)}{' lost' if self._is_lost else ''}>"
 
     @classmethod
-    def start(cls, uid: int | None) -> Gateway:
+    def start(cls, uid: int | None, *, reads_http: bool = False) -> Gateway:
         """Exec a fresh, isolated interpreter; does not wait for it. `uid`: the unprivileged one it takes, as root.
+
+        `reads_http`: for calls with HTTP rules and secrets; it then has a certificate authority.
 
         Call it from the loop's own thread, which the gateway's death signal follows.
         """
@@ -75,7 +78,11 @@ class Gateway:
         ours.setblocking(False)
         with theirs:
             argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), str(-1 if uid is None else uid)]
-            argv += [str(PACKAGE_ROOT), *(path for path in sys.path if os.path.isabs(path))]
+            argv += [
+                "http" if reads_http else "",
+                str(PACKAGE_ROOT),
+                *(path for path in sys.path if os.path.isabs(path)),
+            ]
             popen = subprocess.Popen(
                 argv,
                 # Names are looked up as they are written: no search list of the host's is put behind them.
@@ -97,7 +104,10 @@ class Gateway:
         return self._process.pid
 
     async def open(self, tie: Tie, policy: Mapping[str, Any], listeners: Mapping[str, int]) -> None:
-        """Hand a call's listeners over; they are closed here. Raises GatewayLost, LauncherUnavailable."""
+        """Hand a call's listeners over, and its secrets' values with them; they are closed here.
+
+        Raises GatewayLost, LauncherUnavailable.
+        """
         try:
             await self._until_ready()
             self._ties[tie.call_id] = tie
@@ -124,6 +134,11 @@ class Gateway:
             raise GatewayLost("the gateway did not close a call in time") from None
         finally:
             self._ties.pop(tie.call_id, None)
+
+    async def authority(self) -> str:
+        """The certificate (PEM) that jails have to trust. Raises GatewayLost, LauncherUnavailable."""
+        await self._until_ready()
+        return self._authority
 
     async def _until_ready(self) -> None:
         try:
@@ -172,6 +187,7 @@ class Gateway:
     def _take(self, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["ev"]
         if kind == "ready":
+            self._authority = message["authority"]
             self._ready.set_result(None)
         tie = self._ties.get(message.get("call", ""))
         if tie is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from sandbox.egress.journal import Attempt
@@ -27,11 +27,27 @@ _REASONS: Final = {
     "dns_tunnel": "the name looks like data sent through DNS ({detail})",
     "gateway_busy": "too many connections are open on this host machine",
     "budget": "the budget {detail} of this call is used up",
+    "http_method": "the rules for {host} permit {detail}",
+    "http_path": "the rules for {host} permit only the paths {detail}",
+    "http_denied": "the manifest denies it (rule {rule})",
+    "http_unclear_path": "the path can be read in several ways, and only {detail} is permitted; write it plainly",
+    "http_host": "the request is for {detail}, and this connection was made to {host}",
+    "http_framing": "its head can be read in more than one way ({detail})",
+    "http_malformed": "only HTTP/1.1 is understood here ({detail})",
+    "http_override": "the header {detail} could change what the request asks for",
+    "tls_not_inspected": "requests to {host} are judged, and the rules for it do not look into TLS; use plain HTTP",
+    "secret_needs_tls": "a secret is added to requests to {host}, which is not done without TLS; use https",
+    "upstream_certificate": "the server's certificate is not good: {detail}",
+    "upstream_failed": "the server did not answer as it should ({detail})",
+    "connect_failed": "the server cannot be reached ({detail})",
+    "resolve_failed": "the name cannot be looked up ({detail})",
 }
 
 
 def denial(attempt: Attempt, allowed: Sequence[str]) -> str:
-    """One sentence or two for one distinct denial."""
+    """One sentence or two for one distinct denial. Of a request, `allowed` are the rules of its host."""
+    if attempt.transport == "http":
+        return _request_denial(attempt, allowed)
     what = f"{attempt.host}:{attempt.port}" if attempt.proto != "dns" else attempt.host
     verb = "looking up" if attempt.proto == "dns" else "connecting to"
     words = {"detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
@@ -40,8 +56,26 @@ def denial(attempt: Attempt, allowed: Sequence[str]) -> str:
     return f"{verb} {what} is not permitted: {reason}. Permitted: {permitted or 'nothing'}. Retrying will not help."
 
 
-def denials(attempts: Iterable[Attempt], allowed: Sequence[str]) -> list[str]:
-    """A line for each distinct denial, the first so many, with a count of the rest."""
-    lines = list(dict.fromkeys(denial(attempt, allowed) for attempt in attempts))
+def _request_denial(attempt: Attempt, allowed: Sequence[str]) -> str:
+    usual = {"http": 80, "https": 443}[attempt.proto] == attempt.port
+    host = f"[{attempt.host}]" if ":" in attempt.host else attempt.host
+    url = f"{attempt.proto}://{host}{'' if usual else f':{attempt.port}'}{attempt.path[:200]}"
+    words = {"detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
+    reason = _REASONS.get(attempt.reason, attempt.reason).format(**words)
+    what = f"{attempt.method[:20]} {url}".strip()
+    if attempt.decision == "allow":
+        return f"{what} failed: {reason}."
+    shown = "; ".join(allowed[:_RULES_SHOWN_MAX]) + ("; …" if len(allowed) > _RULES_SHOWN_MAX else "")
+    return f"{what} is not permitted: {reason}. Rules: {shown}. Retrying will not help."
+
+
+def denials(
+    attempts: Iterable[Attempt], allowed: Sequence[str], rules_of: Callable[[str], Sequence[str]] = lambda _host: ()
+) -> list[str]:
+    """A line for each distinct denial, the first so many, with a count of the rest. `rules_of`: a host's HTTP rules."""
+    found = (
+        denial(attempt, rules_of(attempt.host) if attempt.transport == "http" else allowed) for attempt in attempts
+    )
+    lines = list(dict.fromkeys(found))
     rest = len(lines) - SHOWN_MAX
     return [*lines[:SHOWN_MAX], *([f"and {rest} more denials, see the record"] if rest > 0 else [])]

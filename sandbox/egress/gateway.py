@@ -20,14 +20,18 @@ import os
 import resource
 import socket
 import time
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from sandbox._linux import landlock, netlink, process, wire
 from sandbox.egress.addresses import Address
-from sandbox.egress.handlers import handlers
+from sandbox.egress.handlers import Handler, handlers
 from sandbox.egress.hello import quiet_about_names
 from sandbox.egress.resolver import Resolver
-from sandbox.egress.session import Session
+from sandbox.egress.session import HTTP, Session
+
+if TYPE_CHECKING:
+    from sandbox.egress.http_relay import HttpRelay
 
 OWN_ADDRESSES_KEPT_S: Final = 5.0
 # Of the descriptors that we may open: listeners, lookups, and what is being set up need some beside the flows' two.
@@ -38,9 +42,11 @@ FDS_RESERVED: Final = 256
 class Gateway:
     """The table of sessions, and what they share."""
 
-    def __init__(self, control: socket.socket, fds_max: int) -> None:
+    def __init__(self, control: socket.socket, fds_max: int, reader: HttpRelay | None = None) -> None:
+        """`reader`: what reads HTTP, in the gateway that is there for calls with HTTP rules."""
         self.resolver = Resolver()
-        self.handlers = handlers()
+        self.handlers: Mapping[str, Handler] = {**handlers(), **({HTTP: reader} if reader else {})}
+        self._authority = reader.authority.pem if reader else ""
         self._control = control
         self._flows_left = max(16, (fds_max - FDS_RESERVED) // FDS_PER_FLOW)
         self._sessions: dict[str, Session] = {}
@@ -57,7 +63,7 @@ class Gateway:
     async def serve(self) -> None:
         """Until the supervisor is gone."""
         self._control.setblocking(False)
-        self._tell({"ev": "ready", "pid": os.getpid()})
+        self._tell({"ev": "ready", "pid": os.getpid(), "authority": self._authority})
         self._loop.add_reader(self._control, self._on_control)
         await self._closing.wait()
         for session in list(self._sessions.values()):
@@ -122,9 +128,10 @@ class Gateway:
             task.add_done_callback(self._tasks.discard)
 
     def _open(self, call_id: str, fds: dict[str, int]) -> None:
-        policy_fd = fds.pop("policy")
+        policy_fd, secrets_fd = fds.pop("policy"), fds.pop("secrets", None)
         try:
-            session = Session(call_id, json.loads(wire.read_memfd(policy_fd)), self)
+            secrets = {} if secrets_fd is None else json.loads(wire.read_memfd(secrets_fd))
+            session = Session(call_id, json.loads(wire.read_memfd(policy_fd)), self, secrets)
         except (ValueError, KeyError, TypeError) as error:
             for fd in fds.values():
                 os.close(fd)
@@ -132,6 +139,8 @@ class Gateway:
             return
         finally:
             os.close(policy_fd)
+            if secrets_fd is not None:
+                os.close(secrets_fd)
         self._sessions[call_id] = session
         session.open(fds)
         self._tell({"ev": "opened", "call": call_id})
@@ -193,8 +202,8 @@ def _raise_fds_max() -> int:
     return wanted
 
 
-def main(control_fd: int, uid: int) -> None:
-    """Serve on `control_fd` until the supervisor closes it."""
+def main(control_fd: int, uid: int, mode: str) -> None:
+    """Serve on `control_fd` until the supervisor closes it. `mode` "http": also calls with HTTP rules and secrets."""
     control = socket.socket(fileno=control_fd)
     os.umask(0o077)
     fds_max = _raise_fds_max()
@@ -202,9 +211,17 @@ def main(control_fd: int, uid: int) -> None:
     with contextlib.suppress(UnicodeError):
         "x".encode("idna")
     quiet_about_names()
+    reader = _reader() if mode == HTTP else None
     _lock_down(uid)
-    asyncio.run(_run(control, fds_max))
+    asyncio.run(_run(control, fds_max, reader))
 
 
-async def _run(control: socket.socket, fds_max: int) -> None:
-    await Gateway(control, fds_max).serve()
+def _reader() -> HttpRelay:
+    # A gateway of its own reads HTTP, ends TLS and holds secrets: the other one never loads any of this.
+    from sandbox.egress.http_relay import HttpRelay
+
+    return HttpRelay()
+
+
+async def _run(control: socket.socket, fds_max: int, reader: HttpRelay | None) -> None:
+    await Gateway(control, fds_max, reader).serve()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import h11
 
 from sandbox.destinations import TLS_PORT, normal_name
+from sandbox.egress.http_policy import Secret
 from sandbox.http_rules import METHOD, NEVER_METHODS, Group
 
 HTTP_PORT: Final = 80
@@ -39,18 +40,6 @@ _FOLDED = re.compile(rb"\n[ \t]")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _ABSOLUTE = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@]+)(?::([0-9]{1,5}))?")
-
-
-class Secret(NamedTuple):
-    """A header that the gateway sets for one host. Its `repr` says nothing."""
-
-    host: str
-    header: bytes
-    value: bytes
-    plain: bool
-
-    def __repr__(self) -> str:
-        return f"<Secret for {self.host}>"
 
 
 class Place(NamedTuple):
@@ -224,22 +213,3 @@ def without_hop_headers(headers: Iterable[tuple[bytes, bytes]], leave_out: Itera
     named = {word for _, name, value in pairs if name == b"connection" for word in _words(value)}
     gone = (_HOP | named) - _KEPT | set(leave_out)
     return [(raw, value) for raw, name, value in pairs if name not in gone and name.replace(b"_", b"-") not in gone]
-
-
-def secrets_of(entries: Mapping[str, Mapping[str, object]], values: Mapping[str, str]) -> tuple[Secret, ...]:
-    """The secrets of a call from what its policy says and what was handed over beside it.
-
-    Raises ValueError, without the value, for one that cannot stand in a header.
-    """
-    for name in entries:
-        if not values[name] or not values[name].isascii() or not values[name].isprintable():
-            raise ValueError(f"the secret {name} cannot be sent in a header")
-    return tuple(
-        Secret(
-            str(entry["host"]),
-            str(entry["header"]).encode(),
-            str(entry["format"]).replace("{}", values[name]).encode(),
-            bool(entry["plain"]),
-        )
-        for name, entry in entries.items()
-    )

@@ -31,6 +31,13 @@ class Attempt(NamedTuple):
     bytes_out: int = 0
     bytes_in: int = 0
     duration_s: float = 0.0
+    # Of a request (transport "http"), whose bytes are its connection's too and counted there.
+    method: str = ""
+    path: str = ""
+    status: int = 0
+
+
+_OF_REQUESTS: Final = ("method", "path", "status")
 
 
 class Journal:
@@ -40,30 +47,35 @@ class Journal:
         self._singles: list[Attempt] = []
         self._groups: dict[tuple[str, ...], dict[str, Any]] = {}
         self.totals = {"attempts": 0, "denied": 0, "lookups": 0, "lookups_denied": 0, "bytes_out": 0, "bytes_in": 0}
-        self.denials: dict[tuple[str, int, str], Attempt] = {}
+        self.denials: dict[tuple[object, ...], Attempt] = {}
 
     def add(self, attempt: Attempt) -> None:
         """Keep one attempt: whole while there is room, else in the sum of its kind."""
-        is_lookup = attempt.proto == "dns"
+        is_lookup, is_request = attempt.proto == "dns", attempt.transport == "http"
         is_denied = attempt.decision != "allow"
-        self.totals["lookups" if is_lookup else "attempts"] += 1
+        self._count("lookups" if is_lookup else "requests" if is_request else "attempts")
         if is_denied:
-            self.totals["lookups_denied" if is_lookup else "denied"] += 1
+            self._count("lookups_denied" if is_lookup else "requests_denied" if is_request else "denied")
             self._keep_denial(attempt)
-        self.totals["bytes_out"] += attempt.bytes_out
-        self.totals["bytes_in"] += attempt.bytes_in
+        if not is_request:
+            self.totals["bytes_out"] += attempt.bytes_out
+            self.totals["bytes_in"] += attempt.bytes_in
         if is_lookup or len(self._singles) >= SINGLE_MAX:
             self._sum_up(attempt)
         else:
             self._singles.append(attempt)
 
+    def _count(self, what: str) -> None:
+        self.totals[what] = self.totals.get(what, 0) + 1
+
     def is_new_denial(self, host: str, port: int, reason: str) -> bool:
         """Whether a denial of this kind would be the first, and kept."""
-        return (host, port, reason) not in self.denials and len(self.denials) < GROUPS_MAX
+        return (host, port, reason, "", "") not in self.denials and len(self.denials) < GROUPS_MAX
 
     def _keep_denial(self, attempt: Attempt) -> None:
-        if self.is_new_denial(attempt.host, attempt.port, attempt.reason):
-            self.denials[attempt.host, attempt.port, attempt.reason] = attempt
+        key = (attempt.host, attempt.port, attempt.reason, attempt.method, attempt.path)
+        if key not in self.denials and len(self.denials) < GROUPS_MAX:
+            self.denials[key] = attempt
 
     def _sum_up(self, attempt: Attempt) -> None:
         fields = ("transport", "proto", "host", "port", "decision", "rule", "reason")
@@ -88,6 +100,9 @@ class Journal:
 
 def _as_item(attempt: Attempt) -> dict[str, Any]:
     item: dict[str, Any] = attempt._asdict()
+    if attempt.transport != "http":
+        for name in _OF_REQUESTS:
+            del item[name]
     return {name: value[:TEXT_MAX] if isinstance(value, str) else value for name, value in item.items()}
 
 

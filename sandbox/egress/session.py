@@ -19,6 +19,7 @@ from sandbox.egress.addresses import SYNTHETIC_V4, SYNTHETIC_V6, Address
 from sandbox.egress.budget import Limits, Meter
 from sandbox.egress.flow import Flow, Refused
 from sandbox.egress.handlers import Handler
+from sandbox.egress.http_policy import HttpPolicy
 from sandbox.egress.journal import Attempt, Journal
 from sandbox.egress.names import Answered, NameTable
 from sandbox.egress.pump import reset
@@ -26,6 +27,7 @@ from sandbox.egress.resolver import Resolver
 from sandbox.egress.rules import Rules
 
 DNS_PORT: Final = 53
+HTTP: Final = "http"
 ACCEPTS_AT_ONCE: Final = 64
 LOOKUPS_AT_ONCE: Final = 8
 TICK_S: Final = 0.5
@@ -50,8 +52,12 @@ class Host(Protocol):
 class Session:
     """One call's connections."""
 
-    def __init__(self, call_id: str, policy: Mapping[str, Any], host: Host) -> None:
+    def __init__(self, call_id: str, policy: Mapping[str, Any], host: Host, secrets: Mapping[str, str]) -> None:
+        """`secrets`: the values of those that the policy names. Raises ValueError, KeyError, without any value."""
         self.call_id = call_id
+        self.http = HttpPolicy(policy, secrets)
+        if self.http and HTTP not in host.handlers:
+            raise ValueError("this gateway does not read HTTP")
         self.rules = Rules(policy["allow"], policy["deny"])
         self.names = NameTable(self.rules)
         self.journal = Journal()
@@ -102,7 +108,7 @@ class Session:
         return {
             "items": self.journal.items(),
             "totals": self.journal.totals,
-            "denials": explain.denials(self.journal.denials.values(), allowed),
+            "denials": explain.denials(self.journal.denials.values(), allowed, self.http.permitted),
         }
 
     # -- what flows ask ----------------------------------------------------------------------------------------
@@ -112,7 +118,8 @@ class Session:
         return self._host.resolver
 
     async def handle(self, flow: Flow) -> None:
-        await self._host.handlers[flow.verdict.protocol](flow)
+        protocol = flow.verdict.protocol if self.http.group(flow.host) is None else HTTP
+        await self._host.handlers[protocol](flow)
 
     async def lookup(self, name: str) -> tuple[Address, ...]:
         """Raises LookupFailed. A call keeps only some of the lookup threads busy."""

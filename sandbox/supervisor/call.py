@@ -121,7 +121,7 @@ class Call:
     def _go(self) -> None:
         """Make the pipes, hand their far ends over, keep ours."""
         if self.egress is not None:
-            self.egress.attach(self.jail.fds)
+            self.egress.attach(self.jail.fds, self.fds)
         ends: dict[str, int] = {}
         with contextlib.ExitStack() as stack:
             for name in ("stdout", "stderr", "result"):

@@ -8,34 +8,59 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from sandbox.egress.client import Gateway, GatewayLost, Tie
-from sandbox.errors import SandboxError
+from sandbox.errors import LauncherUnavailable, SandboxError
+from sandbox.plan import LaunchPlan
 from sandbox.supervisor import identity
 
 LOST: Final = "gateway"
 BREACH: Final = "network"
 
 
+TRUST: Final = "trust"
+
+
 class Egress:
-    """The supervisor's one gateway, made when it is needed and again after it was lost."""
+    """The supervisor's gateways, each made when it is needed and again after it was lost.
+
+    Calls with HTTP rules or secrets have one of their own: it reads what is sent and holds what nobody else may know.
+    """
 
     def __init__(self) -> None:
-        self._gateway: Gateway | None = None
+        self._gateways: dict[bool, Gateway] = {}
 
-    def gateway(self) -> Gateway:
-        """The living gateway. It may still be starting."""
-        if self._gateway is None or not self._gateway.is_alive:
-            self.close()
-            self._gateway = Gateway.start(identity.gateway_uid())
-        return self._gateway
+    def gateway(self, policy: Mapping[str, Any]) -> Gateway:
+        """The living gateway for such a call. It may still be starting."""
+        reads_http = policy.get("http") is not None
+        gateway = self._gateways.get(reads_http)
+        if gateway is None or not gateway.is_alive:
+            if gateway is not None:
+                gateway.close()
+            gateway = self._gateways[reads_http] = Gateway.start(identity.gateway_uid(), reads_http=reads_http)
+        return gateway
+
+    async def with_authority(self, plan: LaunchPlan, kind: str) -> tuple[LaunchPlan, str]:
+        """The plan with the certificate in its step `trust`, where it has one, and the name of such plans.
+
+        Raises LauncherUnavailable.
+        """
+        if plan.egress is None or all(step.name != TRUST for step in plan.steps):
+            return plan, kind
+        try:
+            pem = await self.gateway(plan.egress).authority()
+        except GatewayLost as error:
+            raise LauncherUnavailable(str(error), step=TRUST) from None
+        # A gateway that was started anew has another authority; jails that trust the old one are of no use.
+        return plan.with_step_args(TRUST, authority=pem), f"{kind} {hashlib.sha256(pem.encode()).hexdigest()}"
 
     def close(self) -> None:
-        if self._gateway is not None:
-            self._gateway.close()
-            self._gateway = None
+        for gateway in self._gateways.values():
+            gateway.close()
+        self._gateways.clear()
 
 
 class CallEgress:
@@ -44,13 +69,18 @@ class CallEgress:
     def __init__(self, call_id: str, policy: Mapping[str, Any], egress: Egress, stop: Callable[[str], None]) -> None:
         self._policy = policy
         self._stop = stop
-        self._gateway = egress.gateway()
+        self._gateway = egress.gateway(policy)
         self._tie = Tie(call_id, self._on_breach, lambda _why: stop(LOST))
         self._opening: asyncio.Task[None] | None = None
 
-    def attach(self, jail_fds: dict[str, int]) -> None:
-        """Hand over the listeners, taking them out of `jail_fds`. Connections wait in the backlog until they are."""
+    def attach(self, jail_fds: dict[str, int], call_fds: dict[str, int]) -> None:
+        """Hand over the listeners, taking them out of `jail_fds`. Connections wait in the backlog until they are.
+
+        The values of secrets, which the caller sent along, go unread from `call_fds` to the gateway.
+        """
         listeners = {name: jail_fds.pop(name) for name in list(jail_fds) if name.startswith("egress:")}
+        if "secrets" in call_fds:
+            listeners["secrets"] = call_fds.pop("secrets")
         self._opening = asyncio.get_running_loop().create_task(self._open(listeners))
 
     async def _open(self, listeners: dict[str, int]) -> None:
