@@ -1,0 +1,260 @@
+"""Programs that know nothing of the gateway: they work where the manifest names the host, and fail soon elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.net_servers import Certificates, Outside, echo, greet
+from tests.helpers.net_world import OTHER, WEB, run_in_world
+
+pytestmark = pytest.mark.needs("userns")
+
+NAMES = ("www.example.test", "git.example.test", "pypi.example.test")
+HOSTS = {**dict.fromkeys(NAMES, WEB), "ssh.example.test": WEB, "evil.test": OTHER}
+JAVA = """
+import java.net.URI;
+import java.net.http.*;
+public class Fetch {
+  public static void main(String[] args) throws Exception {
+    var request = HttpRequest.newBuilder(URI.create(args[0])).build();
+    System.out.println(HttpClient.newHttpClient().send(request, HttpResponse.BodyHandlers.ofString()).body());
+  }
+}
+"""
+CODE = {
+    "urllib": "import urllib.request,sys;print(urllib.request.urlopen(sys.argv[1],timeout=20).read().decode())",
+    "requests": "import requests,sys;print(requests.get(sys.argv[1],timeout=20).text)",
+    "httpx": "import httpx,sys;print(httpx.get(sys.argv[1],timeout=20).text)",
+    "aiohttp": """
+import aiohttp,asyncio,sys
+async def main():
+    async with aiohttp.ClientSession() as s, s.get(sys.argv[1]) as r: print(await r.text())
+asyncio.run(main())""",
+    "node": "fetch(process.argv[1]).then(r=>r.text()).then(console.log)",
+}
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+class World:
+    """Stand-in servers with files behind them, and what a client needs to trust them."""
+
+    def __init__(self) -> None:
+        self.root = Path(os.environ["SANDBOX_STATE"]).parent / "site"
+        self.root.mkdir(mode=0o755)
+        self.certificates = Certificates()
+        (self.root / "hello").write_text("hello from outside\n")
+        (self.root / "big").write_bytes(bytes(range(256)) * 4096 * 8)
+        outside = Outside()
+        outside.serve("ssh", WEB, 22, greet)
+        outside.serve("echo", WEB, 7, echo)
+        context = self.certificates.context(*NAMES)
+        for port, secure in ((80, None), (443, context)):
+            self._serve(WEB, port, secure)
+        self._serve(OTHER, 443, self.certificates.context("evil.test"))
+
+    def _serve(self, address: str, port: int, context: ssl.SSLContext | None) -> None:
+        handler = functools.partial(Files, directory=str(self.root))
+        server = http.server.ThreadingHTTPServer((address, port), handler)
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(self, argv: list[str], *allow: str, **settings: Any) -> dict[str, Any]:
+        from sandbox import Sandbox
+
+        ca = self.certificates.ca_path
+        env = dict.fromkeys(("SSL_CERT_FILE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "REQUESTS_CA_BUNDLE"), ca)
+        env |= {"NODE_EXTRA_CA_CERTS": ca, "PIP_CERT": ca, "GIT_TERMINAL_PROMPT": "0"}
+        with Sandbox("shell", wall_time="90s", memory="2GiB", pids=256, read=[os.path.dirname(ca)]) as box:
+            outcome = box.run(argv, env=env, allow_hosts=list(allow), **settings)
+        return {
+            "exit": outcome.exit_code,
+            "out": outcome.stdout.decode("utf-8", "replace"),
+            "err": outcome.stderr.decode("utf-8", "replace"),
+            "denials": list(outcome.denials),
+            "network": outcome.record.to_json()["network"],
+            "seconds": outcome.record.to_json()["time"]["duration_s"],
+        }
+
+
+def in_world(body: Callable[[World], Any]) -> Any:
+    return run_in_world(lambda: body(World()), HOSTS)
+
+
+def reached(told: dict[str, Any], host: str, port: int) -> list[dict[str, Any]]:
+    return [item for item in told["network"] if (item["host"], item["port"], item["decision"]) == (host, port, "allow")]
+
+
+def test_curl_fetches_over_https_and_not_from_elsewhere() -> None:
+    def body(world: World) -> list[Any]:
+        fetch = "curl -sS --max-time 20 -o /tmp/big https://www.example.test/big && sha256sum /tmp/big | cut -c1-64"
+        elsewhere = "curl -sS --max-time 20 https://evil.test/hello"
+        fronted = f"curl -skS --max-time 20 --connect-to evil.test:443:{WEB}:443 https://evil.test/hello"
+        pinned = "curl -skS --max-time 20 --connect-to evil.test:443:www.example.test:443 https://evil.test/hello"
+        return [
+            world.run(["sh", "-c", command], "www.example.test:443") for command in (fetch, elsewhere, fronted, pinned)
+        ]
+
+    fetch, elsewhere, fronted, pinned = in_world(body)
+    assert fetch["out"].strip() == hashlib.sha256(bytes(range(256)) * 4096 * 8).hexdigest(), fetch
+    assert reached(fetch, "www.example.test", 443)[0]["proto"] == "tls"
+    assert elsewhere["exit"] == 6, "could not resolve"
+    assert fronted["exit"] in (35, 56)
+    assert pinned["exit"] in (35, 56)
+    assert [item["sni"] for item in pinned["network"] if item["reason"] == "sni_mismatch"] == ["evil.test"]
+    assert all(told["seconds"] < 10 for told in (elsewhere, fronted, pinned))
+
+
+@pytest.mark.needs("git")
+def test_git_clones_over_https() -> None:
+    def body(world: World) -> list[Any]:
+        source = world.root / "work"
+        env = {"PATH": os.environ["PATH"], "HOME": str(world.root), "GIT_CONFIG_GLOBAL": "/dev/null"}
+        env |= {f"GIT_{who}_{what}": "t@example.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        for argv in (
+            ["git", "init", "-q", str(source)],
+            ["git", "-C", str(source), "commit", "-q", "--allow-empty", "-m", "one"],
+            ["git", "clone", "-q", "--bare", str(source), str(world.root / "repo.git")],
+            ["git", "-C", str(world.root / "repo.git"), "update-server-info"],
+        ):
+            subprocess.run(argv, check=True, env=env, capture_output=True)
+        clone = "git clone -q https://git.example.test/repo.git && git -C repo log --format=%s"
+        return [
+            world.run(["sh", "-c", clone], "git.example.test:443"),
+            world.run(["sh", "-c", clone], "www.example.test:443"),
+        ]
+
+    allowed, denied = in_world(body)
+    assert allowed["out"].strip() == "one", allowed
+    assert denied["exit"] != 0
+    assert "git.example.test is not permitted" in denied["denials"][0]
+
+
+@pytest.mark.needs("ssh")
+def test_ssh_gets_to_the_banner_where_its_port_is_named_and_no_further_through_a_tls_port() -> None:
+    def body(world: World) -> list[Any]:
+        ssh = ["ssh", "-v", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "StrictHostKeyChecking=no"]
+        return [
+            world.run([*ssh, "ssh.example.test"], "ssh.example.test:22"),
+            world.run([*ssh, "-p", "443", "-N", "-R", "8022:localhost:22", "www.example.test"], "www.example.test:443"),
+        ]
+
+    named, tunnel = in_world(body)
+    assert "standin" in named["err"], named
+    assert named["network"][-1]["proto"] == "ssh"
+    assert tunnel["exit"] == 255
+    refused = [item for item in tunnel["network"] if item["decision"] == "deny"]
+    assert [(item["reason"], item["proto"]) for item in refused] == [("not_tls", "ssh")]
+    assert "only TLS is permitted" in tunnel["denials"][0]
+
+
+@pytest.mark.parametrize("client", ["urllib", "requests", "httpx", "aiohttp"])
+def test_python_clients_fetch(client: str) -> None:
+    if client != "urllib" and shutil.which("python3") and not _importable(client):
+        pytest.skip(f"needs {client} in this interpreter")
+
+    def body(world: World) -> list[Any]:
+        argv = ["python3", "-c", CODE[client]]
+        return [
+            world.run([*argv, "https://www.example.test/hello"], "www.example.test:443"),
+            world.run([*argv, "http://www.example.test/hello"], "www.example.test:80"),
+            world.run([*argv, "https://evil.test/hello"], "www.example.test:443"),
+        ]
+
+    secure, plain, denied = in_world(body)
+    assert "hello from outside" in secure["out"], secure
+    assert "hello from outside" in plain["out"], plain
+    assert denied["exit"] != 0
+    assert denied["denials"]
+
+
+def _importable(name: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.needs("node")
+def test_node_fetches() -> None:
+    def body(world: World) -> list[Any]:
+        argv = ["node", "-e", CODE["node"]]
+        return [
+            world.run([*argv, "https://www.example.test/hello"], "www.example.test:443"),
+            world.run([*argv, "https://evil.test/hello"], "www.example.test:443"),
+        ]
+
+    allowed, denied = in_world(body)
+    assert "hello from outside" in allowed["out"], allowed
+    assert denied["exit"] != 0
+    assert "evil.test is not permitted" in denied["denials"][0]
+
+
+@pytest.mark.needs("java")
+def test_java_fetches() -> None:
+    if shutil.which("javac") is None:
+        pytest.skip("needs a JDK: javac is not installed")
+
+    def body(world: World) -> list[Any]:
+        source = world.root / "Fetch.java"
+        source.write_text(JAVA)
+        argv = ["java", "-Xmx256m", "Fetch.java"]
+        return [
+            world.run(
+                ["sh", "-c", f"cp {source} . && {' '.join(argv)} http://{host}/hello"],
+                "www.example.test:80",
+                read=[os.path.dirname(world.certificates.ca_path), str(world.root)],
+            )
+            for host in ("www.example.test", "evil.test")
+        ]
+
+    allowed, denied = in_world(body)
+    assert "hello from outside" in allowed["out"], allowed
+    assert denied["exit"] != 0
+
+
+def test_pip_installs_from_the_index_that_is_named() -> None:
+    def body(world: World) -> list[Any]:
+        _make_index(world.root)
+        pip = "python3 -m pip install -q --no-cache-dir --disable-pip-version-check --retries 0 --target /tmp/there"
+        command = f"{pip} --index-url https://pypi.example.test/simple standin && ls /tmp/there"
+        return [
+            world.run(["sh", "-c", command], "pypi.example.test:443"),
+            world.run(["sh", "-c", command], "www.example.test:443"),
+        ]
+
+    allowed, denied = in_world(body)
+    assert "standin.py" in allowed["out"], allowed
+    assert denied["exit"] != 0
+    assert any("pypi.example.test is not permitted" in line for line in denied["denials"])
+
+
+def _make_index(root: Path) -> None:
+    """One wheel of one module, as pip wants it."""
+    project = root / "simple" / "standin"
+    project.mkdir(parents=True)
+    name = "standin-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(project / name, "w") as wheel:
+        wheel.writestr("standin.py", "answer = 42\n")
+        info = "standin-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", f"standin.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    (project / "index.html").write_text(f'<html><body><a href="{name}">{name}</a></body></html>')
