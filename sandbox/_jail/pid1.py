@@ -251,8 +251,8 @@ STEPS = {
 
 def park(launch: Launch) -> None:
     """Sealed: say so, and wait for the call. Without one (the supervisor closed the channel) the jail ends unused."""
-    sealed: dict[str, object] = {"ev": "sealed", "steps": launch.applied, "notes": launch.notes, "fds": [*launch.out_fds]}
-    wire.send(launch.status, sealed, [*launch.out_fds.values()])
+    sealed: dict[str, object] = {"ev": "sealed", "steps": launch.applied, "notes": launch.notes}
+    wire.send(launch.status, {**sealed, "fds": [*launch.out_fds]}, [*launch.out_fds.values()])
     for fd in launch.out_fds.values():
         os.close(fd)
     while True:
