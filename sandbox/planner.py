@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandbox import planner_egress, planner_gpu
+from sandbox import planner_egress, planner_gpu, planner_http
 from sandbox.errors import Unenforceable
 from sandbox.host import Control, HostFacts, controls
 from sandbox.manifest import Manifest
@@ -123,6 +123,7 @@ class Surroundings:
     search_path: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     links: tuple[tuple[str, str], ...] = ()
+    extra_roots: tuple[tuple[str, str, str], ...] = ()
     own_code: tuple[str, ...] = ()
     protected: tuple[str, ...] = ()
     terminal_rows: int = 24
@@ -153,7 +154,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
         tty=call.tty,
         template=_template(manifest, call, around),
-        egress=planner_egress.policy(manifest),
+        egress=planner_egress.policy(manifest, around.extra_roots),
         seccomp={"name": "default", "deny_set_affinity": affinity},
         isolation={
             "launcher": "jail",
@@ -162,6 +163,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
             "linux_caps": "none",
             "no_new_privs": True,
             "missing": [] if facts.landlock_abi else ["landlock"],
+            **({"extra_roots": dict(pair[:2] for pair in around.extra_roots)} if around.extra_roots else {}),
         },
     )
     return planner_gpu.complete(plan, manifest, facts)
@@ -275,6 +277,7 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
                 "runtime_files": [list(pair) for pair in around.runtime_files],
             },
         ),
+        *planner_http.steps(manifest),
         Step(
             "grants",
             "view",
@@ -475,4 +478,5 @@ def _environment(manifest: Manifest, call: CallSpec, around: Surroundings) -> di
         del env["PWD"]
     if call.tty:
         env["TERM"] = "xterm-256color"
+    env |= planner_http.environment(manifest)
     return {**env, **around.caller_env, **manifest.environment.set, **around.extra_env}

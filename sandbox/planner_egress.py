@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
+from sandbox import planner_http
 from sandbox.destinations import parse_host
 from sandbox.host import HostFacts
 from sandbox.manifest import Manifest
@@ -56,14 +58,15 @@ def limit(manifest: Manifest, facts: HostFacts, plain: Limit) -> Limit:
     return replace(plain, mechanism="network namespace with loopback only, egress gateway by port", reason=reason)
 
 
-def policy(manifest: Manifest) -> dict[str, Any] | None:
-    """What the gateway is told: rules and budgets."""
+def policy(manifest: Manifest, extra_roots: Iterable[tuple[str, str, str]] = ()) -> dict[str, Any] | None:
+    """What the gateway is told: rules and budgets. `extra_roots`: (path, digest, certificates)."""
     network = manifest.network
     if not is_on(manifest):
         return None
     return {
         "allow": list(network.allow),
         "deny": list(network.deny),
+        "http": planner_http.policy(manifest, extra_roots),
         "on_breach": network.on_breach,
         "call": {
             "upload_max_bytes": network.upload_max_bytes,

@@ -25,6 +25,7 @@ from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings
+from sandbox.prepare_secrets import extra_roots
 from sandbox.profiles import Resolved
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def surroundings(resolved: Resolved, spec: CallSpec, state: Path, extra_env: Map
         paths=path_facts(manifest),
         caller_env=allowed_environment(manifest, os.environ),
         extra_env=dict(extra_env),
+        extra_roots=extra_roots(manifest),
         python_paths=python.paths,
         runtime_files=runtime_files,
         search_path=python.search,

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sandbox import link as supervisor_link
-from sandbox import prepare
+from sandbox import prepare, prepare_secrets
 from sandbox._linux import wire
 from sandbox.audit.store import state_dir
 from sandbox.audit.view import Record
@@ -57,6 +57,8 @@ class Sandbox:
         profile: a profile's name, a path to one, a `Manifest`, or a mapping in the file's form.
         state: where records are kept; by default `$SANDBOX_STATE` or `$XDG_STATE_HOME/sandbox`.
         ceiling: an operator's ceiling file, intersected last.
+        secret_values: values of secrets that the manifest names, by name: strings, or functions that give them
+            for each call. They go to the gateway, never into the jail or the record.
         **overrides: the manifest's settings by their file names: `memory="256MiB"`, `wall_time="5s"`,
             `read=["./data"]`, `workspace="."`, `workspace_mode="cow"`, ...
 
@@ -69,9 +71,11 @@ class Sandbox:
         *,
         state: str | Path | None = None,
         ceiling: Path | None = None,
+        secret_values: prepare_secrets.SecretValues | None = None,
         **overrides: Any,
     ) -> None:
         self._profile = profile
+        self._secret_values = dict(secret_values or {})
         self._ceiling = ceiling
         self._overrides = overrides
         self._state = state_dir(state)
@@ -263,7 +267,7 @@ class Sandbox:
             spec.workspace,
             spec.preload,
         )
-        env = (tuple(sorted(around.caller_env.items())), tuple(sorted(around.extra_env.items())))
+        env = (tuple(sorted(around.caller_env.items())), tuple(sorted(around.extra_env.items())), around.extra_roots)
         cached = self._plans.get((key, env))
         if cached is None or cached[0] is not facts:
             if len(self._plans) > PLANS_MAX:
@@ -309,7 +313,8 @@ class Sandbox:
             with link.submit(ask, {}, ticket) as pending:
                 refusal.record = Record(json.loads(pending.take()["sections"]["record"]))
             raise
-        with _memfds(request=job.request, stdin=job.input) as data_fds:
+        secrets = prepare_secrets.values(job.resolved.manifest, self._secret_values)
+        with _memfds(request=job.request, stdin=job.input, secrets=secrets) as data_fds:
             return link.submit(ask, {**data_fds, **fds}, ticket)
 
     def _wait(self, job: Job) -> Outcome:

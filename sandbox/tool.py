@@ -63,7 +63,8 @@ def sandboxed(profile: Any = "python", **overrides: Any) -> Any:
     Args:
         profile: name of a profile, path of a profile file, a mapping or a `Manifest`.
         overrides: the manifest's keys under their flat names, over the profile: `memory="256MiB"`,
-            `read=["./data"]`, `wall_time="10s"` (`sandbox profile schema` lists them).
+            `read=["./data"]`, `wall_time="10s"` (`sandbox profile schema` lists them). Beside them
+            `secret_values`, as for `Sandbox`.
 
     Returns:
         A function of the same signature. Calling it returns the value. See `Sandboxed` for its attributes.
@@ -87,6 +88,8 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
     from sandbox.profile_fields import ALIASES, BY_KEY
 
     for name in overrides:
+        if name == "secret_values":
+            continue  # no setting of the manifest, but an argument of `Sandbox`
         if name in ALIASES or name in BY_KEY or "." in name:
             continue
         import difflib
@@ -162,7 +165,8 @@ class _Tool:
     def manifest(self) -> Manifest:
         from sandbox.profiles import resolve
 
-        manifest: Manifest = resolve(self.profile, overrides=self.overrides).manifest
+        settings = {name: value for name, value in self.overrides.items() if name != "secret_values"}
+        manifest: Manifest = resolve(self.profile, overrides=settings).manifest
         return manifest
 
     def call(self, /, *args: Any, **kwargs: Any) -> Outcome:

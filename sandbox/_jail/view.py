@@ -13,7 +13,7 @@ import os
 import signal
 import stat
 
-from sandbox._jail import cover, etc, inside, places
+from sandbox._jail import cover, etc, inside, places, trust
 from sandbox._linux import mounts, syscalls
 
 TYPE_CHECKING = False
@@ -159,6 +159,7 @@ STEPS = {
         workspace,
         inner_grants,
         cover.deny,
+        trust.trust,
         proc_seed,
         enter_root,
     )

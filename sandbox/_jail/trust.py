@@ -1,0 +1,66 @@
+"""The jail's step `trust`: the gateway's own authority beside the system's, for calls whose TLS it looks into.
+
+The system's file of authorities is shown with one more at its end, where programs look for it and under a name that
+variables point to. Nothing of this is there in other jails, nor on the host.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sandbox._jail import inside
+from sandbox._linux import mounts
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandbox._jail.launch import Launch
+
+FILE_MAX_BYTES = 4 << 20
+
+
+def trust(launch: Launch, args: dict[str, Any]) -> None:
+    """Write both files, and cover each file of the system's in `covers` that is there with the longer one."""
+    _write(launch, args["authority_file"], args["authority"].encode())
+    system = next((path for path in args["covers"] if os.path.isfile(path)), None)
+    roots = b""
+    if system is not None:
+        with open(system, "rb") as file:
+            roots = file.read(FILE_MAX_BYTES)
+    _write(launch, args["bundle_file"], roots.rstrip() + b"\n" + args["authority"].encode())
+    for path in args["covers"]:
+        _cover(launch, path, args["bundle_file"])
+
+
+def _write(launch: Launch, jail_path: str, data: bytes) -> None:
+    path = launch.root + jail_path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+    os.chmod(path, 0o444)
+
+
+def _cover(launch: Launch, path: str, bundle: str) -> None:
+    root_fd = inside.open_root(launch.root)
+    try:
+        # A link leads to a file that is covered under its own name, or to one that is not there inside.
+        place = inside.open_place(root_fd, path, follow=False)
+        source = inside.open_place(root_fd, bundle, follow=False)
+        assert source is not None
+    finally:
+        os.close(root_fd)
+    try:
+        if place is None:
+            return
+        try:
+            tree = mounts.clone_tree(source)
+            try:
+                mounts.set_attributes(tree, mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV)
+                mounts.attach_at(tree, place)
+            finally:
+                os.close(tree)
+        finally:
+            os.close(place)
+    finally:
+        os.close(source)
