@@ -54,6 +54,7 @@ class Seen:
     step_failed: str = ""
     step_errno: int = 0
     step_message: str = ""
+    is_bug: bool = False
     exec_errno: int = 0
     oom_kills: int = 0
 
@@ -75,7 +76,8 @@ def classify(seen: Seen) -> Ending:
     """Decide the ending. Order matters: ours before the tool's, the limit before the signal that carried it out."""
     if seen.step_failed:
         message = f"step {seen.step_failed}: {seen.step_message}"
-        return Ending("launch_error", "host", error_type="LaunchError", message=message)
+        kind = "InternalError" if seen.is_bug else "LaunchError"
+        return Ending("launch_error", "us" if seen.is_bug else "host", error_type=kind, message=message)
     code, number = _split(seen.exit_status)
     if seen.stopped in _LIMIT_TEXT:
         return Ending(f"limit:{seen.stopped}", "tool", code, number, message=_LIMIT_TEXT[seen.stopped])

@@ -31,7 +31,7 @@ def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
     launch = Launch(message, fds)
     try:
         pid, pidfd, release = _build(launch)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
         os._exit(1)
     if pid == 0:

@@ -60,8 +60,18 @@ class Launch:
             self.applied.append(self.step)
 
 
-def report_failure(launch: Launch, error: OSError) -> None:
-    """Tell the supervisor which step failed, and how. It may have gone meanwhile, which is often why."""
-    message: dict[str, object] = {"ev": "step_failed", "step": launch.step, "errno": error.errno, "message": str(error)}
+def report_failure(launch: Launch, error: Exception) -> None:
+    """Tell the supervisor which step failed, and how. It may have gone meanwhile, which is often why.
+
+    An OSError is the host's answer; anything else is a bug of ours, and is said to be one.
+    """
+    is_bug = not isinstance(error, OSError)
+    message: dict[str, object] = {
+        "ev": "step_failed",
+        "step": launch.step,
+        "errno": 0 if is_bug else getattr(error, "errno", None) or 0,
+        "message": f"{type(error).__name__}: {error}" if is_bug else str(error),
+        "bug": is_bug,
+    }
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         wire.send(launch.status, message)

@@ -45,7 +45,7 @@ def run(launch: Launch, release: int) -> None:
         launch.run_steps("call", STEPS)
         park(launch)
         run_program(launch)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
         os._exit(1)
 

@@ -45,7 +45,7 @@ def run(launch: Launch, release: int) -> None:
         if settings["function"]:
             _start_interpreter(launch, settings)
         _serve(launch)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
     os._exit(1)
 
@@ -110,7 +110,7 @@ def main(text: str) -> None:
         for place in ("/proc", *_scratch(launch)["directories"]):
             mounts.unmount_detached(place)
         _serve(launch)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
     os._exit(1)
 
@@ -230,6 +230,6 @@ def _become_jail(launch: Launch, named: dict[str, int], channel: socket.socket, 
         if launch.plan["template"]["function"]:
             function.run(launch)
         pid1.run_program(launch)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
     os._exit(1)

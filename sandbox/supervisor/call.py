@@ -243,6 +243,7 @@ class Call:
             step_failed=self.jail.failure.get("step", ""),
             step_errno=self.jail.failure.get("errno", 0),
             step_message=self.jail.failure.get("message", ""),
+            is_bug=bool(self.jail.failure.get("bug")),
             exec_errno=self.exec_errno,
             oom_kills=int(stats.get("oom_kills", 0)),
         )
