@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
 import time
 from typing import TYPE_CHECKING, Final
 
 from sandbox.egress.addresses import Address
 from sandbox.egress.budget import UP, Meter
+from sandbox.egress.dial import dial
 from sandbox.egress.guess import FIRST_BYTES, guess
 from sandbox.egress.journal import Attempt
 from sandbox.egress.pump import Pump, reset
@@ -25,7 +24,6 @@ from sandbox.egress.rules import CLOSED, DENIED, Verdict
 if TYPE_CHECKING:
     from sandbox.egress.session import Session
 
-CONNECT_TIMEOUT_S: Final = 10.0
 # A refused connection is reset at once, but for the first of its kind: a moment in which its first bytes may tell what
 # it was going to be.
 GUESS_S: Final = 0.03
@@ -95,17 +93,16 @@ class Flow:
 
     async def dial(self) -> socket.socket:
         """Connect to an address of the flow's host that was judged and found open. Raises Refused."""
-        last: OSError | TimeoutError | None = None
-        for address in await self._judged_addresses():
-            self.resolved = address
-            try:
-                back = await _connect(address, self.port)
-                self.is_dialled = True
-                return back
-            except (OSError, TimeoutError) as error:
-                last = error
-        text = "timed out" if isinstance(last, TimeoutError) else (last.strerror or str(last)) if last else "no address"
-        raise Refused("connect_failed", text, is_denial=False)
+        addresses = await self._judged_addresses()
+        self.resolved = addresses[0]
+        try:
+            back, self.resolved = await dial(addresses, self.port)
+        except TimeoutError:
+            raise Refused("connect_failed", "timed out", is_denial=False) from None
+        except OSError as error:
+            raise Refused("connect_failed", error.strerror or str(error), is_denial=False) from None
+        self.is_dialled = True
+        return back
 
     async def relay(self, back: socket.socket, early: bytes = b"") -> None:
         """Move bytes both ways until both sides have ended. Raises Refused when the flow was cut."""
@@ -240,34 +237,3 @@ class Flow:
             duration_s=round(time.monotonic() - self.started, 6),
         )
         self.session.ended(attempt)
-
-
-async def _connect(address: Address, port: int) -> socket.socket:
-    """A connected socket. Raises OSError, TimeoutError."""
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        where = (str(address), port)
-        if _is_connected(sock, where):
-            return sock
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await asyncio.get_running_loop().sock_connect(sock, where)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _is_connected(sock: socket.socket, where: tuple[str, int]) -> bool:
-    """Begin to connect; whether it is done already. Raises OSError when it was refused.
-
-    A near host has answered before the first call returns, and the second call says so, without a turn of the loop.
-    """
-    code = sock.connect_ex(where)
-    if code == errno.EINPROGRESS:
-        code = sock.connect_ex(where)
-    if code in (0, errno.EISCONN):
-        return True
-    if code in (errno.EALREADY, errno.EINPROGRESS):
-        return False
-    raise OSError(code, os.strerror(code))

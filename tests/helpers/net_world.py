@@ -87,7 +87,7 @@ def _make(hosts: Mapping[str, str], directory: Path) -> None:
     ]
     for name, text in (
         ("hosts", "\n".join(lines) + "\n"),
-        ("resolv.conf", "nameserver 127.0.0.54\noptions timeout:1\n"),
+        ("resolv.conf", "nameserver 127.0.0.54\nsearch corp.test\noptions timeout:1\n"),
     ):
         (directory / name).write_text(text)
         mounts.bind(str(directory / name), os.path.realpath(f"/etc/{name}"), 0)
