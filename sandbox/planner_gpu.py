@@ -28,17 +28,16 @@ def refusal(manifest: Manifest, facts: HostFacts) -> tuple[str, str]:
         return "", ""
     if facts.gpu is None:
         return NO_GPU, ""
-    from sandbox.gpu.choosing import unusable
+    from sandbox.gpu.choosing import closed
 
     gpu = _facts(facts)
     if gpu.trouble:
         return f"no GPU can be granted: NVML: {gpu.trouble}", gpu.fix
     try:
-        units = _units(manifest, gpu)
+        _units(manifest, gpu)
     except ValueError as error:
         return str(error), ""
-    closed = unusable(units, gpu)
-    return closed, "sudo chmod a+rw /dev/nvidia[0-9]* /dev/nvidiactl /dev/nvidia-uvm" if closed else ""
+    return closed(gpu.control_nodes), ""
 
 
 def limits(manifest: Manifest, facts: HostFacts) -> tuple[Limit, ...]:

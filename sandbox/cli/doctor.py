@@ -38,6 +38,12 @@ def doctor(
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as err:
         typer.echo(f"sandbox doctor: {err}", err=True)
         raise typer.Exit(FAILED) from None
+    if facts.gpu_devices:
+        from dataclasses import replace
+
+        from sandbox.gpu import inventory
+
+        facts = replace(facts, gpu=inventory.find())
     table = host.controls(facts)
     short = [name for name in host.EVERY_CALL if table[name].level != "full"]
     if json_output:
@@ -95,7 +101,6 @@ def _gaps(table: dict[str, Control]) -> dict[tuple[str, str], list[str]]:
 def _summary(facts: HostFacts) -> list[tuple[str, str]]:
     who = "root" if facts.is_root_like else f"uid {facts.uid}"
     where = f", in a container ({facts.container})" if facts.container else ""
-    gpu = f"{len(facts.gpu_devices)} device nodes" if facts.gpu_devices else "no device nodes"
     return [
         ("host", f"Linux {facts.kernel} {facts.machine}, Python {facts.python}, as {who}{where}"),
         ("machine", f"{facts.cpu_count} cores, {facts.memory_bytes >> 20} MiB, swap {facts.swap_bytes >> 20} MiB"),
@@ -104,8 +109,19 @@ def _summary(facts: HostFacts) -> list[tuple[str, str]]:
         ("overlay", "works in user namespaces" if facts.overlay_in_userns.ok else facts.overlay_in_userns.reason),
         ("seccomp", f"libseccomp {facts.libseccomp or 'missing'}, actions {' '.join(facts.seccomp_actions) or 'none'}"),
         ("landlock", f"ABI {facts.landlock_abi}" if facts.landlock_abi else "none"),
-        ("gpu", f"{gpu}, NVML {'loads' if facts.gpu_library else 'not there'}"),
+        ("gpu", _gpu(facts)),
     ]
+
+
+def _gpu(facts: HostFacts) -> str:
+    """Details are `sandbox gpu`'s."""
+    if facts.gpu is None:
+        return f"no device nodes, NVML {'loads' if facts.gpu_library else 'not there'}"
+    if facts.gpu["trouble"]:
+        fix = f"   fix: {facts.gpu['fix']}" if facts.gpu["fix"] else ""
+        return f"none can be granted: {facts.gpu['trouble']}{fix}"
+    names = ", ".join(f"{unit['index']} {unit['name']}" for unit in facts.gpu["units"])
+    return f"driver {facts.gpu['driver']}: {names}   (sandbox gpu)"
 
 
 def _cgroups(facts: HostFacts) -> str:

@@ -21,6 +21,7 @@ COMMANDS = {
     "profile": "profile",
     "audit": "audit",
     "changes": "changes",
+    "gpu": "gpu",
 }
 # Their exit status is a tool's: what we refuse has to be told apart from whatever a tool can say.
 RUNNING = ("run", "shell")

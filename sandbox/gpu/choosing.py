@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sandbox.gpu.facts import GpuFacts, GpuNode, GpuUnit
+from sandbox.gpu.facts import GpuNode, GpuUnit
 from sandbox.gpu.limits import Asked
 
 # What the driver itself takes of a device that nobody uses, and of a slice.
@@ -24,22 +24,25 @@ class Use:
 
 
 def candidates(asked: Asked, units: Sequence[GpuUnit]) -> tuple[GpuUnit, ...]:
-    """The units that could serve: the named ones in their order, else all that are large enough.
+    """The units that could serve: the named ones in their order, else all that are usable and large enough.
 
     Raises ValueError with what is missing.
     """
     if asked.devices:
         return tuple(_named(name, units) for name in asked.devices)
-    fitting = tuple(unit for unit in units if _is_large_enough(asked, unit))
+    fitting = tuple(unit for unit in units if _is_large_enough(asked, unit) and not unusable(unit))
     if len(fitting) < asked.number:
         there = f"{len(fitting)} of {len(units)}" if len(fitting) < len(units) else f"{len(units)}"
-        raise ValueError(f"{asked.number} GPUs are asked for, and this host has {there} that can be given")
+        why = next((f": {why}" for unit in units if (why := unusable(unit))), "")
+        raise ValueError(f"{asked.number} GPUs are asked for, and this host has {there} that can be given{why}")
     return fitting
 
 
 def _named(name: str, units: Sequence[GpuUnit]) -> GpuUnit:
     for unit in units:
         if name in (unit.uuid, unit.index):
+            if why := unusable(unit):
+                raise ValueError(why)
             return unit
     there = ", ".join(f"{unit.index} ({unit.uuid})" for unit in units) or "none"
     raise ValueError(f"there is no GPU {name!r} that can be given; there are: {there}")
@@ -50,15 +53,17 @@ def _is_large_enough(asked: Asked, unit: GpuUnit) -> bool:
     return unit.memory_bytes is None or unit.memory_bytes >= (asked.memory_bytes or 0) * 9 // 10
 
 
-def unusable(units: Iterable[GpuUnit], facts: GpuFacts) -> str:
-    """Which device node a jail could not open; empty when all are fine."""
-    nodes: list[GpuNode] = [*facts.control_nodes]
-    for unit in units:
-        nodes += unit.nodes
-        if not unit.nodes or (unit.is_slice and len(unit.nodes) < 3):
-            return f"device nodes of GPU {unit.index} are missing below /dev"
-    closed = next((node for node in nodes if not node.usable), None)
-    return f"/dev/{closed.name} is not open to everyone, and so not to a jail's user" if closed else ""
+def unusable(unit: GpuUnit) -> str:
+    """Why a jail could not open this unit; empty when it could. A slice has two capability nodes of its own."""
+    if not unit.nodes or (unit.is_slice and len(unit.nodes) < 3):
+        return f"device nodes of GPU {unit.index} are missing below /dev"
+    return closed(unit.nodes)
+
+
+def closed(nodes: Iterable[GpuNode]) -> str:
+    """The first of these nodes that a jail's user could not open; empty when there is none."""
+    node = next((node for node in nodes if not node.usable), None)
+    return f"/dev/{node.name} is not open to everyone, and so not to a jail's user: chmod a+rw" if node else ""
 
 
 def order(asked: Asked, units: Sequence[GpuUnit], use: Mapping[str, Use]) -> tuple[GpuUnit, ...]:

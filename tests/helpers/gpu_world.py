@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -239,6 +241,32 @@ def scene_busy(box: Sandbox, world: nvml.Scenario) -> Any:
 
 def scene_power(box: Sandbox, world: nvml.Scenario) -> Any:
     return {**told(box.run(["true"], **{"gpu.count": 1, "gpu.power_watts": 150})), "log": world.log}
+
+
+def scene_cli(box: Sandbox, world: nvml.Scenario) -> Any:
+    """`sandbox gpu` and `sandbox doctor` beside a call that holds a GPU."""
+    world.devices.clear()
+    world.device(0, sm=30).device(1, mig=1).slice(1, 0).fail("nvmlDeviceGetPowerUsage", 3).write()
+    call = Call(box, tool("shown"), count=1)
+    world.process(0, call.pid, 100).write()
+    shown = [_cli("gpu", "--json"), _cli("gpu"), _cli("doctor")]
+    watching = subprocess.Popen([*CLI, "gpu", "--json", "--watch"], stdout=subprocess.PIPE, text=True)
+    with watching:
+        assert watching.stdout is not None
+        lines = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 0, "interrupting it is how it ends"
+    call.stream.signal(9)
+    text = {"text": shown[1], "doctor": shown[2], "watched": [line["units"][0]["processes"] for line in lines]}
+    return {"call": told(call.end()), "json": json.loads(shown[0]), **text}
+
+
+CLI = [sys.executable, "-c", "from sandbox.cli.main import main; main()"]
+
+
+def _cli(*argv: str) -> str:
+    done = subprocess.run([*CLI, *argv], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
 
 
 def scene_miner(box: Sandbox, world: nvml.Scenario) -> Any:

@@ -159,3 +159,18 @@ def test_a_miners_command_line_is_noted_and_ends_nothing(play: Play) -> None:
     found = play("miner")
     assert ended(found) == ("tool_error", "tool"), "the test's own signal ended it"
     assert [(finding["rule"], finding["response"]) for finding in found["findings"]] == [("miner_argv", "note")]
+
+
+def test_the_command_line_shows_devices_leases_and_use(play: Play) -> None:
+    found = play("cli")
+    whole, part = found["json"]["units"]
+    assert whole["lease"]["call_id"].endswith("-1")
+    assert [process["call"].partition("/")[2] for process in whole["processes"]] == ["jail-1"]
+    assert (whole["power_watts"], part["sm_used_percent"], part["lease"]) == (None, None, None)
+    held = {name: row["strength"] for name, row in whole["limits"].items()}
+    assert (held["gpu_memory"], held["gpu_sm"], held["gpu_power"]) == ("polled", "none", "driver")
+    assert part["limits"]["gpu_memory"]["strength"] == "hardware"
+    assert "unknown" in found["text"]
+    assert "driver 575.57.08: 0 Stand-in, 1:0 Stand-in" in found["doctor"]
+    assert len(found["watched"]) == 2
+    assert found["call"]["gpu"][0]["uuid"] == "GPU-standin-0", "the slice's nodes are not there, so it was left out"

@@ -147,11 +147,20 @@ def test_a_slice_sold_as_ten_is_large_enough_for_ten() -> None:
 
 
 def test_nodes_that_a_jail_cannot_open_are_named() -> None:
-    closed = replace(FACTS, units=(whole(0, nodes=(GpuNode("nvidia0", 195, 0, "rw", usable=False),)),))
-    assert unusable(FACTS.units, FACTS) == ""
-    assert unusable(closed.units, closed) == "/dev/nvidia0 is not open to everyone, and so not to a jail's user"
-    assert "missing below /dev" in unusable((whole(0, nodes=()),), FACTS)
-    assert "missing below /dev" in unusable((replace(part(0, 0), nodes=part(0, 0).nodes[:2]),), MIG)
+    shut = whole(0, nodes=(GpuNode("nvidia0", 195, 0, "rw", usable=False),))
+    assert unusable(whole(0)) == unusable(part(0, 0)) == ""
+    assert "/dev/nvidia0 is not open to everyone, and so not to a jail's user" in unusable(shut)
+    assert "missing below /dev" in unusable(whole(0, nodes=()))
+    assert "missing below /dev" in unusable(replace(part(0, 0), nodes=part(0, 0).nodes[:2]))
+
+
+def test_a_unit_that_cannot_be_opened_leaves_the_others() -> None:
+    lame = replace(part(0, 0), nodes=part(0, 0).nodes[:1])
+    assert candidates(Asked(count=1), (lame, whole(1))) == (whole(1),)
+    with pytest.raises(ValueError, match="has 1 of 2 that can be given: device nodes of GPU 0:0 are missing"):
+        candidates(Asked(count=2), (lame, whole(1)))
+    with pytest.raises(ValueError, match="device nodes of GPU 0:0 are missing"):
+        candidates(Asked(devices=("0:0",)), (lame, whole(1)))
 
 
 def test_names_for_programs_and_runtimes() -> None:
@@ -235,8 +244,8 @@ def test_a_call_with_a_gpu_is_planned_for_itself_alone() -> None:
         (
             replace(FACTS, control_nodes=(replace(CONTROL[0], usable=False), CONTROL[1])),
             {"count": 1},
-            "/dev/nvidiactl is not open",
-            "chmod a+rw",
+            "/dev/nvidiactl is not open to everyone, and so not to a jail's user: chmod a+rw",
+            "",
         ),
     ],
 )
