@@ -119,7 +119,7 @@ class Group(NamedTuple):
         deciding = [next((rule for rule in candidates if _permits(rule, way)), None) for way in ways]
         if deciding[0] is None or None in deciding:
             paths = ", ".join(dict.fromkeys(str(rule.path) for rule in candidates))
-            return Verdict(False, str(candidates[0]), PATH if len(ways) == 1 else UNCLEAR, paths[:200])
+            return Verdict(False, str(candidates[0]), UNCLEAR if any(deciding) else PATH, paths[:200])
         return Verdict(True, str(deciding[0]))
 
 

@@ -15,7 +15,7 @@ import h11
 from sandbox.egress.explain import denial
 from sandbox.egress.flow import Flow, Refused
 from sandbox.egress.http_request import FRAMING, MALFORMED, Judged, Place, judge, without_hop_headers
-from sandbox.egress.http_upstream import FAILED, HEAD_MAX_BYTES, Upstream, UpstreamFailed
+from sandbox.egress.http_upstream import CERTIFICATE, FAILED, HEAD_MAX_BYTES, Upstream, UpstreamFailed
 from sandbox.egress.journal import Attempt
 from sandbox.egress.streams import Stream
 from sandbox.http_rules import Group
@@ -42,6 +42,7 @@ class Exchanges:
         self._context = context
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX_BYTES)
         self._upstream: Upstream | None = None
+        self._up = flow.meter.up
         self._begin()
 
     def close(self) -> None:
@@ -52,6 +53,7 @@ class Exchanges:
     async def serve(self, early: bytes) -> None:
         """Until the call has no more requests, or a connection has to end. Raises Refused, OSError."""
         if early:
+            self._up -= len(early)
             self._http.receive_data(early)
         while True:
             try:
@@ -150,11 +152,13 @@ class Exchanges:
             await self._both_ways(upstream, status)
         except Refused as refused:
             failed = judged._replace(onward=None, reason=refused.reason, detail=refused.detail)
+            # A certificate is refused to the request; whatever else is refused here, is to the connection.
+            is_denial = refused.reason == CERTIFICATE
             if self._http.our_state is h11.SEND_RESPONSE and refused.reason != "budget":
-                await self._say(403 if refused.is_denial else 502, failed, is_denial=refused.is_denial)
+                await self._say(403 if refused.is_denial or is_denial else 502, failed, is_denial=is_denial)
                 await self._part()
             else:
-                self._note(failed, status[0], "deny" if refused.is_denial else "allow")
+                self._note(failed, status[0], "allow")
             raise
         except BodyBroken as broken:
             await self._say(400, judged._replace(onward=None, reason=MALFORMED, detail=str(broken)))
@@ -242,9 +246,11 @@ class Exchanges:
     def _begin(self) -> None:
         self._t = self._session.now()
         self._started = time.monotonic()
-        self._up, self._down = self._flow.meter.up, self._flow.meter.down
+        self._down = self._flow.meter.down
 
     def _note(self, judged: Judged, status: int, decision: str) -> Attempt:
+        """One line for a request. Its bytes are those that left for the server, as the call sent them."""
+        up, self._up = self._up, self._flow.meter.up
         hide = self._session.http.hide
         attempt = Attempt(
             t=self._t,
@@ -257,7 +263,7 @@ class Exchanges:
             reason=judged.reason,
             detail=hide(judged.detail),
             resolved_ip=str(self._flow.resolved or ""),
-            bytes_out=self._flow.meter.up - self._up,
+            bytes_out=self._up - up if judged.onward is not None else 0,
             bytes_in=self._flow.meter.down - self._down,
             duration_s=round(time.monotonic() - self._started, 6),
             method=hide(judged.method),

@@ -104,7 +104,7 @@ async def _begin_tls(stream: Tls) -> None:
     except TimeoutError:
         raise Refused(FAILED, f"no TLS handshake in {HANDSHAKE_TIMEOUT_S:g} s", is_denial=False) from None
     except ssl.SSLCertVerificationError as error:
-        raise Refused(CERTIFICATE, error.verify_message) from None
+        raise Refused(CERTIFICATE, error.verify_message.rstrip("."), is_denial=False) from None
     except ssl.SSLError as error:
         raise Refused(FAILED, f"TLS: {error.reason or 'it broke off'}", is_denial=False) from None
     except OSError as error:
