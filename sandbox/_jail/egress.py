@@ -41,17 +41,38 @@ def egress(launch: Launch, args: dict[str, Any]) -> None:
             if error.errno not in _NO_V6:
                 raise
             launch.notes.append("egress: no IPv6 here")
+    log: list[tuple[socket.socket, str]] = []
     if args["ports"]:
         opened = [(_listener(family, port), f"tcp{port}") for family in families for port in args["ports"]]
         launch.notes.append("egress: no nf_tables here; only the ports that rules name are seen, others are refused")
     else:
-        netfilter.divert_tcp(args["port"], args["source_v4"], args["source_v6"])
+        log = _divert(launch, args)
         opened = [(_listener(family, args["port"], transparent=True), "tcp") for family in families]
-    opened += [(_dns_socket(family), "dns") for family in families]
+    opened += [*((_dns_socket(family), "dns") for family in families), *log]
     names = [f"egress:{kind}:{index}" for index, (_, kind) in enumerate(opened)]
     wire.send(launch.status, {"ev": "egress", "fds": names}, [sock.fileno() for sock, _ in opened])
     for opened_socket, _ in opened:
         opened_socket.close()
+
+
+def _divert(launch: Launch, args: dict[str, Any]) -> list[tuple[socket.socket, str]]:
+    """Install the ruleset; returns the socket that sees refused datagrams, where the kernel has such a log."""
+    ruleset = (args["port"], args["source_v4"], args["source_v6"])
+    try:
+        log = netfilter.open_log()
+    except OSError as error:
+        netfilter.divert_tcp(*ruleset)
+        launch.notes.append(f"egress: refused datagrams are not seen here ({error})")
+        return []
+    try:
+        netfilter.divert_tcp(*ruleset, log=True)
+    except OSError as error:
+        # A batch is taken as a whole or not at all, so nothing of it is installed.
+        log.close()
+        netfilter.divert_tcp(*ruleset)
+        launch.notes.append(f"egress: refused datagrams are not seen here ({error})")
+        return []
+    return [(log, "log")]
 
 
 def _route(sock: socket.socket, source: str) -> None:

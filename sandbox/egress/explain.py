@@ -14,8 +14,9 @@ _REASONS: Final = {
     "not_named": "the manifest does not name this host",
     "port_not_named": "the manifest names this host, but only at port {detail}",
     "denied_by_rule": "the manifest denies it (rule {rule})",
-    "address_not_named": "the manifest names no such address; connect by name, not by address",
+    "address_not_named": "the manifest names no such address{more}; connect by name, not by address",
     "closed_address": "{detail}, which stays closed unless the manifest names that very address",
+    "not_tcp": "only TCP is carried, and datagrams reach nothing; use TCP",
     "loopback_of_gateway": "nothing listens there",
     "unknown_synthetic": "that address was not given out for any name in this call; look the name up again",
     "sni_missing": "the TLS handshake named no host; it has to name {host}",
@@ -48,9 +49,10 @@ def denial(attempt: Attempt, allowed: Sequence[str]) -> str:
     """One sentence or two for one distinct denial. Of a request, `allowed` are the rules of its host."""
     if attempt.transport == "http":
         return _request_denial(attempt, allowed)
-    what = f"{attempt.host}:{attempt.port}" if attempt.proto != "dns" else attempt.host
-    verb = "looking up" if attempt.proto == "dns" else "connecting to"
-    words = {"detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
+    what = f"{attempt.host}:{attempt.port}" if attempt.transport != "dns" else attempt.host
+    verb = {"dns": "looking up", "udp": "sending datagrams to"}.get(attempt.transport, "connecting to")
+    more = f" ({attempt.detail})" if attempt.detail else ""
+    words = {"more": more, "detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
     reason = _REASONS.get(attempt.reason, attempt.reason).format(**words)
     permitted = ", ".join(allowed[:_RULES_SHOWN_MAX]) + (", …" if len(allowed) > _RULES_SHOWN_MAX else "")
     return f"{verb} {what} is not permitted: {reason}. Permitted: {permitted or 'nothing'}. Retrying will not help."

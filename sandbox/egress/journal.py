@@ -51,7 +51,7 @@ class Journal:
 
     def add(self, attempt: Attempt) -> None:
         """Keep one attempt: whole while there is room, else in the sum of its kind."""
-        is_lookup, is_request = attempt.proto == "dns", attempt.transport == "http"
+        is_lookup, is_request = attempt.transport == "dns", attempt.transport == "http"
         is_denied = attempt.decision != "allow"
         self._count("lookups" if is_lookup else "requests" if is_request else "attempts")
         if is_denied:
@@ -81,7 +81,7 @@ class Journal:
         fields = ("transport", "proto", "host", "port", "decision", "rule", "reason")
         key = tuple(str(getattr(attempt, name)) for name in fields)
         if key not in self._groups and len(self._groups) >= GROUPS_MAX:
-            key = ("", attempt.proto if attempt.proto == "dns" else "", "", "", attempt.decision, "", "")
+            key = (attempt.transport, "", "", "", attempt.decision, "", "")
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _as_item(attempt) if key[2] else _others(attempt)
@@ -108,6 +108,6 @@ def _as_item(attempt: Attempt) -> dict[str, Any]:
 
 def _others(attempt: Attempt) -> dict[str, Any]:
     """The sum of everything that found no group of its own any more."""
-    empty = Attempt(attempt.t, "", attempt.proto, "(others)", 0, attempt.decision)
+    empty = Attempt(attempt.t, attempt.transport, "", "(others)", 0, attempt.decision)
     sums: Mapping[str, Any] = {name: getattr(attempt, name) for name in ("bytes_out", "bytes_in", "duration_s")}
     return {**_as_item(empty), **sums}

@@ -14,9 +14,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
+from sandbox._linux import netfilter
 from sandbox.egress import dns, explain
 from sandbox.egress.addresses import SYNTHETIC_V4, SYNTHETIC_V6, Address
 from sandbox.egress.budget import Limits, Meter
+from sandbox.egress.datagrams import Datagram, read_packet
 from sandbox.egress.flow import Flow, Refused
 from sandbox.egress.handlers import Handler
 from sandbox.egress.http_policy import HttpPolicy
@@ -85,8 +87,8 @@ class Session:
             sock = socket.socket(fileno=fd)
             sock.setblocking(False)
             self._listeners.append(sock)
-            is_dns = name.split(":")[1] == "dns"
-            self._loop.add_reader(sock, self._on_queries if is_dns else self._on_connects, sock)
+            readers = {"dns": self._on_queries, "log": self._on_refused_datagrams}
+            self._loop.add_reader(sock, readers.get(name.split(":")[1], self._on_connects), sock)
         self._tick = self._loop.call_later(TICK_S, self._look_at_times)
 
     async def close(self) -> None:
@@ -207,7 +209,7 @@ class Session:
     def _close_listeners(self, *, keep_dns: bool = False) -> None:
         kept = []
         for sock in self._listeners:
-            if keep_dns and sock.type == socket.SOCK_DGRAM:
+            if keep_dns and sock.type != socket.SOCK_STREAM:
                 kept.append(sock)
                 continue
             self._loop.remove_reader(sock)
@@ -267,6 +269,26 @@ class Session:
                 answered.detail or answered.kind,
             )
         )
+
+    # -- datagrams, which the kernel has refused already -------------------------------------------------------
+
+    def _on_refused_datagrams(self, sock: socket.socket) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                data = sock.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue  # ENOBUFS: more came than were read
+            for packet in netfilter.logged_packets(data):
+                datagram = read_packet(packet)
+                if datagram is not None:
+                    self._log_datagram(datagram)
+
+    def _log_datagram(self, datagram: Datagram) -> None:
+        host = self.names.name_of(datagram.address) or str(datagram.address)
+        attempt = Attempt(self.now(), "udp", datagram.proto, host, datagram.port, "deny", reason="not_tcp")
+        self.journal.add(attempt._replace(resolved_ip=str(datagram.address)))
 
     def _spawn_dns(self, front: socket.socket) -> None:
         if len(self._dns_tasks) >= ACCEPTS_AT_ONCE:

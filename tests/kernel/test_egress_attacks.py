@@ -106,7 +106,9 @@ SCENES = {
     ]),
     "datagrams": Scene(["www.example.test:443", "www.example.test:53"], [
         do("udp", host="www.example.test", port=443), do("udp", host="www.example.test", port=123),
-        do("udp", host=WEB, port=443), do("udp", host="127.0.0.1", port=443),
+        do("udp", host=WEB, port=443), do("udp", host=WEB_V6, port=123),
+        do("udp", host="127.0.0.1", port=443), do("dns", server="8.8.8.8", host="www.example.test"),
+        *[do("udp", host=OTHER, port=5000 + n, send="\xc0\x00\x00\x00\x01quic") for n in range(300)],
     ]),
     "other sockets": Scene(["www.example.test:80"], [
         do("make", family="AF_INET", kind="SOCK_STREAM"),
@@ -289,9 +291,24 @@ def test_the_tools_own_servers_work_and_hide_nothing(seen: dict[str, Seen]) -> N
 
 
 def test_datagrams_reach_nothing_and_fail_at_once(seen: dict[str, Seen]) -> None:
-    for result in seen["datagrams"].results:
+    scene = seen["datagrams"]
+    dns = scene.results.pop(5)
+    assert dns["answers"] == 1
+    for result in scene.results:
         assert (result["ok"], result["error"]) == (False, "ECONNREFUSED")
         assert result["seconds"] < 2
+
+
+def test_datagrams_are_on_record_by_name_but_not_without_end(seen: dict[str, Seen]) -> None:
+    scene = seen["datagrams"]
+    refused = scene.attempts(transport="udp")
+    first = [(item["host"], item["port"], item["reason"]) for item in refused[:4]]
+    assert first[0] == ("www.example.test", 443, "not_tcp")
+    assert first[2:] == [(WEB, 443, "not_tcp"), (WEB_V6, 123, "not_tcp")]
+    assert {item["proto"] for item in refused if item["host"] == OTHER} == {"quic"}
+    assert 40 <= sum(item.get("count", 1) for item in refused) <= 300
+    assert not [item for item in refused if item["host"] == "127.0.0.1"]
+    assert any("datagrams to www.example.test:443 is not permitted" in line for line in scene.denials)
 
 
 def test_other_kinds_of_sockets_are_not_there(seen: dict[str, Seen]) -> None:

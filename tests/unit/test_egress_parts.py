@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandbox._linux import netfilter
 from sandbox.egress.budget import DOWN, UP, Limits, Meter, TokenBucket
+from sandbox.egress.datagrams import read_packet
 from sandbox.egress.explain import SHOWN_MAX, denial, denials
 from sandbox.egress.guess import guess
 from sandbox.egress.hello import HELLO_MAX_BYTES, Hello, HelloReader, NotTls, hello_context
@@ -248,3 +250,29 @@ def test_the_same_denial_is_said_once_and_many_are_counted() -> None:
     lines = denials(many, [])
     assert len(lines) == SHOWN_MAX + 1
     assert lines[-1] == "and 30 more denials, see the record"
+
+
+# --- refused datagrams
+
+
+def packet(version: int, payload: bytes, port: int = 4433, protocol: int = 17) -> bytes:
+    udp = (50000).to_bytes(2, "big") + port.to_bytes(2, "big") + (8 + len(payload)).to_bytes(2, "big") + b"\0\0"
+    if version == 4:
+        return b"\x45" + bytes(8) + bytes((protocol,)) + bytes(6) + b"\x09\x09\x09\x09" + udp + payload
+    return b"\x60" + bytes(5) + bytes((protocol,)) + bytes(17) + b"\x26\x06" + bytes(13) + b"\x01" + udp + payload
+
+
+@pytest.mark.parametrize(("version", "address"), [(4, "9.9.9.9"), (6, "2606::1")])
+def test_a_datagrams_destination_is_read(version: int, address: str) -> None:
+    found = read_packet(packet(version, b"\xc3\0\0\0\x01" + bytes(20)))
+    assert found is not None
+    assert (str(found.address), found.port, found.proto) == (address, 4433, "quic")
+    assert read_packet(packet(version, b"x", protocol=1)) is None
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_the_packet_reader_fail(data: bytes) -> None:
+    read_packet(data)
+    for start in (b"\x45", b"\x4f", b"\x60"):
+        read_packet(start + data)
+    netfilter.logged_packets(data)
