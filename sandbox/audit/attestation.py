@@ -44,7 +44,8 @@ def attestation(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
     }
     verdicts["network"] = _network(_mapping(manifest.get("network")), record, kind)
     verdicts["filesystem"] = _filesystem(_mapping(manifest.get("filesystem")), record)
-    return verdicts
+    gpu = _gpu(_mapping(manifest.get("gpu")), record, kind)
+    return verdicts | ({"gpu": gpu} if gpu is not None else {})
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -126,3 +127,22 @@ def _filesystem(grant: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
     if written:
         return _verdict("within", granted, len(written), f"{len(written)} files written in the workspace")
     return _unseen("filesystem", granted, record)
+
+
+def _gpu(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
+    """None where none was granted and none was reached for: then there is nothing to say."""
+    granted = grant.get("count") or len(grant.get("devices") or ())
+    stray = [item for item in record.get("findings") or () if item.get("rule") == "gpu_used_without_grant"]
+    units = _mapping(record.get("usage")).get("gpu")
+    if stray:
+        return _verdict("exceeded", granted, len(stray), "a process of the call was seen on a GPU that it did not hold")
+    if not granted:
+        return None
+    if kind.startswith("limit:gpu_"):
+        return _verdict("exceeded", granted, len(units or ()), f"{kind.removeprefix('limit:')} ended the call")
+    if not units:
+        return _unseen("gpu", granted, record)
+    used = [unit for unit in units if unit.get("processes_peak")]
+    if not used:
+        return _verdict("unused", granted, 0, "no process of the call was seen on a granted GPU")
+    return _verdict("within", granted, len(used), f"processes of the call on {len(used)} of {len(units)} granted GPUs")

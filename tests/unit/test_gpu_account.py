@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sandbox.audit.attestation import attestation
 from sandbox.gpu.account import Account
 from sandbox.gpu.facts import GpuUnit
 from sandbox.gpu.limits import Asked
@@ -247,3 +248,28 @@ def test_use_without_a_grant_is_a_breach() -> None:
         "tool",
     )
     assert "no GPU" in row["message"]
+
+
+# -- the record's verdict ------------------------------------------------------------------------------------------
+
+STRAY = {"rule": "gpu_used_without_grant"}
+
+
+@pytest.mark.parametrize(
+    ("count", "used", "kind", "findings", "verdict"),
+    [
+        (0, None, "ok", [], None),
+        (0, None, "denied", [STRAY], "exceeded"),
+        (1, [{"processes_peak": 1}], "ok", [], "within"),
+        (1, [{"processes_peak": 0}], "ok", [], "unused"),
+        (1, [{"processes_peak": 1}], "limit:gpu_memory", [], "exceeded"),
+        (1, [{"processes_peak": 1}], "denied", [STRAY], "exceeded"),
+        (1, None, "launch_error", [], "not_observable"),
+    ],
+)
+def test_the_verdict_on_a_gpu_grant(
+    count: int, used: list[dict[str, Any]] | None, kind: str, findings: list[dict[str, Any]], verdict: str | None
+) -> None:
+    record = {"usage": {"gpu": used}, "findings": findings, "ending": {"kind": kind}}
+    found = attestation({"gpu": {"count": count}}, record).get("gpu")
+    assert (found and found["verdict"]) == verdict
