@@ -142,7 +142,7 @@ class CallGroup:
 
     def stats(self) -> dict[str, float | int]:
         """The counters of this call so far; what the host does not count is absent. Units are in the names."""
-        found = cgroup_v2.stats(self.v2) if self.v2 else {}
+        found = cgroup_v2.stats(self.v2, self.v1) if self.v2 else {}
         found.update(cgroup_v1.stats(self.v1))
         return found
 

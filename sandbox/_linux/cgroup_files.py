@@ -10,6 +10,8 @@ import errno
 import os
 
 _READ_SIZE = 1 << 16
+# Every file but the list of processes is smaller; below a page less than what was asked for is all there is.
+_PIECE = 2048
 
 
 def write_value(path: str, value: int | str) -> None:
@@ -47,8 +49,11 @@ def read_text(path: str) -> str | None:
         return None
     chunks = []
     try:
+        # The kernel gives a control file in one piece when the buffer has room for more (kernfs, seq_file).
         while chunk := os.read(fd, _READ_SIZE):
             chunks.append(chunk)
+            if len(chunk) < _PIECE:
+                break
     except OSError as err:
         # ENODEV: the group was removed after the open. ESRCH: the process of a /proc file ended after the open.
         # EOPNOTSUPP: the file has no meaning here (cgroup.procs of a threaded group).

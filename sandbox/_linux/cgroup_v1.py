@@ -7,6 +7,7 @@ Source: Documentation/admin-guide/cgroup-v1/.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from sandbox._linux.cgroup_files import (
     try_write,
     write_value,
 )
-from sandbox._linux.cgroup_v2 import CPU_PERIOD_US, cpu_quota_us
+from sandbox._linux.cgroup_v2 import cpu_quota_us
 
 
 def apply_limits(groups: dict[str, str], limits: dict[str, float | int], devices: list[str]) -> None:
@@ -29,7 +30,7 @@ def apply_limits(groups: dict[str, str], limits: dict[str, float | int], devices
     if "pids" in limits and "pids" in groups:
         write_value(groups["pids"] + "/pids.max", int(limits["pids"]))
     if "cpus" in limits and "cpu" in groups:
-        write_value(groups["cpu"] + "/cpu.cfs_period_us", CPU_PERIOD_US)
+        # A new group's period is 100 ms, CPU_PERIOD_US (Documentation/scheduler/sched-bwc.rst).
         write_value(groups["cpu"] + "/cpu.cfs_quota_us", cpu_quota_us(limits["cpus"]))
     if "io_bytes_per_s" in limits and "blkio" in groups:
         for device in devices:
@@ -41,14 +42,18 @@ def apply_limits(groups: dict[str, str], limits: dict[str, float | int], devices
 def _apply_memory(group: str, memory_bytes: int) -> None:
     plain, with_swap = group + "/memory.limit_in_bytes", group + "/memory.memsw.limit_in_bytes"
     # The kernel keeps limit <= limit with swap at every moment: to raise both, swap's goes first.
-    current = read_int(plain)
-    order = (with_swap, plain) if current is not None and memory_bytes > current else (plain, with_swap)
-    for path in order:
-        if path == plain:
-            write_value(path, memory_bytes)
-        elif not try_write(path, memory_bytes):
-            # Swap is not accounted (boot option swapaccount=0): at least do not swap by choice.
-            write_value(group + "/memory.swappiness", 0)
+    try:
+        write_value(plain, memory_bytes)
+        is_set = True
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
+        is_set = False
+    if not try_write(with_swap, memory_bytes):
+        # Swap is not accounted (boot option swapaccount=0): at least do not swap by choice.
+        write_value(group + "/memory.swappiness", 0)
+    if not is_set:
+        write_value(plain, memory_bytes)
 
 
 def kill(groups: dict[str, str], *, timeout_s: float) -> bool:

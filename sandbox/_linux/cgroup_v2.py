@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Collection
 
 from sandbox._linux.cgroup_files import (
     make_group,
@@ -119,17 +120,22 @@ def is_populated(group: str) -> bool:
     return read_keyed(group + "/cgroup.events").get("populated", 0) != 0
 
 
-def stats(group: str) -> dict[str, float | int]:
-    """The counters that this group has; absent ones are left out."""
+def stats(group: str, elsewhere: Collection[str] = ()) -> dict[str, float | int]:
+    """The counters that this group has; absent ones are left out.
+
+    `elsewhere`: controllers of v1 trees, which a unified tree cannot have as well.
+    """
     found: dict[str, float | int] = {}
-    _put(found, "memory_current_bytes", read_int(group + "/memory.current"))
-    _put(found, "memory_peak_bytes", read_int(group + "/memory.peak"))
-    events = read_keyed(group + "/memory.events")
-    _put(found, "oom_kills", events.get("oom_kill"))
-    _put(found, "memory_refused", events.get("max"))
-    _put(found, "pids_current", read_int(group + "/pids.current"))
-    _put(found, "pids_peak", read_int(group + "/pids.peak"))
-    _put(found, "pids_refused", read_keyed(group + "/pids.events").get("max"))
+    if "memory" not in elsewhere:
+        _put(found, "memory_current_bytes", read_int(group + "/memory.current"))
+        _put(found, "memory_peak_bytes", read_int(group + "/memory.peak"))
+        events = read_keyed(group + "/memory.events")
+        _put(found, "oom_kills", events.get("oom_kill"))
+        _put(found, "memory_refused", events.get("max"))
+    if "pids" not in elsewhere:
+        _put(found, "pids_current", read_int(group + "/pids.current"))
+        _put(found, "pids_peak", read_int(group + "/pids.peak"))
+        _put(found, "pids_refused", read_keyed(group + "/pids.events").get("max"))
     cpu = read_keyed(group + "/cpu.stat")
     for key, name in (("usage", "usage_usec"), ("user", "user_usec"), ("system", "system_usec")):
         if name in cpu:
@@ -137,7 +143,8 @@ def stats(group: str) -> dict[str, float | int]:
     if "nr_throttled" in cpu:
         found["throttled_periods"] = cpu["nr_throttled"]
         found["throttled_s"] = cpu.get("throttled_usec", 0) / 1e6
-    found.update(_io_stats(group))
+    if "blkio" not in elsewhere:
+        found.update(_io_stats(group))
     return found
 
 

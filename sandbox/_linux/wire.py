@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 MESSAGE_MAX_BYTES = 128 * 1024
 FDS_MAX = 32
 _FD_BYTES = struct.calcsize("=i")
@@ -18,7 +19,7 @@ _FD_BYTES = struct.calcsize("=i")
 
 def send(sock: socket.socket, message: dict[str, object], fds: tuple[int, ...] | list[int] = ()) -> None:
     """Send one message. Raises OSError (EPIPE, ECONNRESET) when the other side is gone."""
-    data = json.dumps(message, separators=(",", ":")).encode()
+    data = _encode(message).encode()
     if fds:
         socket.send_fds(sock, [data], list(fds))
     else:

@@ -44,6 +44,7 @@ class Call:
         self.exit: dict[str, Any] = {}
         self.exec_errno = 0
         self.pumps: dict[str, OutputPump] = {}
+        self.final_stats: dict[str, float | int] = {}
         self.polled_peak_bytes = 0
         self.polled_cpu_s = 0.0
         self.reaction_s: float | None = None
@@ -91,7 +92,8 @@ class Call:
                 os.close(oom_fd)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if tasks:
+                await asyncio.gather(*tasks, return_exceptions=True)
         started = time.monotonic()
         await self.jail.wait_dead()
         if self.stopped:
@@ -228,6 +230,8 @@ class Call:
     async def _drain(self) -> None:
         """Read the pipes to their end. All writers are dead, so it is there unless the caller does not read."""
         for pump in self.pumps.values():
+            if pump.drain():
+                continue
             timeout_s = None if pump.forwards and not self.stopped else DRAIN_TIMEOUT_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pump.done.wait(), timeout_s)
@@ -236,7 +240,7 @@ class Call:
             self._input.close()
 
     def _seen(self) -> Seen:
-        stats = self.stats()
+        stats = self.final_stats = self.stats()
         return Seen(
             exit_status=self.exit.get("wait_status"),
             stopped=self.stopped,

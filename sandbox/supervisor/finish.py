@@ -53,7 +53,7 @@ async def gather(
         output[f"{key}_bytes"] = pump.total_bytes
         output["truncated"] = bool(output.get("truncated")) or pump.truncated
         gathered.sections[key] = bytes(pump.kept)
-    stats: dict[str, Any] = call.stats()
+    stats: dict[str, Any] = dict(call.final_stats or call.stats())
     journal = await call.egress.finish() if call.egress is not None else None
     if journal is not None:
         stats.update({f"network_{name}": value for name, value in journal["totals"].items()})

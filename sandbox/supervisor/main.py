@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -37,6 +38,10 @@ async def _run(control: socket.socket, state: Path) -> int:
     # Only now: the probes fork, and a process that is not dumpable cannot write its own id maps.
     process.set_not_dumpable()
     supervisor.prepare()
+    # What is here now stays: looking through all of it for garbage again and again would cost a share of each call.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 20, 20)
     await supervisor.serve()
     return 0
 

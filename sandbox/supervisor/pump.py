@@ -111,6 +111,15 @@ class OutputPump:
         if not self._pending:
             self._close()
 
+    def drain(self) -> bool:
+        """Read what is there now; whether that was all. Precondition: all of the jail's processes are gone."""
+        while not self.done.is_set() and not self._pending:
+            before = self.total_bytes
+            self._readable()
+            if self.total_bytes == before:
+                break
+        return self.done.is_set()
+
     def abandon(self) -> None:
         """Stop reading; what came so far stands."""
         self._close()

@@ -138,6 +138,8 @@ class Work:
 
 def _listed(fd: int) -> dict[str, Any]:
     """The files in a private workspace, which is gone after the call."""
+    if not os.listdir(fd):
+        return {"written": []}
     try:
         found = scan(fd, max_entries=LISTED_MAX)
     except SandboxError:

@@ -29,6 +29,30 @@ def test_bytes_are_what_the_rfc8785_library_writes(data: Any) -> None:
     assert encode(data) == rfc8785.dumps(clean(data))
 
 
+ascii_text = st.text(st.characters(max_codepoint=127), max_size=8)
+# Mostly what the C encoder alone can write canonically, with some of what it cannot.
+plain_data = st.dictionaries(
+    ascii_text,
+    st.recursive(
+        st.none() | st.booleans() | any_number | st.floats(-1e-3, 1e3) | ascii_text,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ascii_text, inner, max_size=4),
+        max_leaves=12,
+    ),
+    max_size=5,
+)
+
+
+@given(plain_data)
+def test_plain_data_takes_a_shorter_way_to_the_same_bytes(data: Any) -> None:
+    assert encode(data) == rfc8785.dumps(clean(data))
+
+
+@pytest.mark.parametrize("value", [1.0, -0.0, 1e16, 1e-5, 2**53, -(2**60), math.nan, -math.inf, 123456789012345.0, 0.1])
+def test_numbers_are_written_as_ecmascript_does_wherever_they_stand(value: float) -> None:
+    for data in ({"a": value}, {"a": [value]}, {"a": [0, value, 1], "b": f"x{value},{value}"}):
+        assert encode(data) == rfc8785.dumps(clean(data))
+
+
 groups = st.dictionaries(any_text, any_data, max_size=4)
 
 
