@@ -182,7 +182,8 @@ def scene_energy(box: Sandbox, world: nvml.Scenario) -> Any:
 
 
 def scene_processes(box: Sandbox, world: nvml.Scenario) -> Any:
-    source = "import os,time; [os.fork() for _ in range(2)]; print('up', flush=True); time.sleep(20)"
+    source = "import os, time\nfor _ in range(2):\n    if os.fork() == 0:\n        time.sleep(20); os._exit(0)\n"
+    source += "print('up', flush=True); time.sleep(20)"
     call = Call(box, ["python3", "-c", source, "many"], count=1, processes_max=2)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         if _words(pid)[-1:] == ["many"] and "toolcall-sandbox" in _groups(pid):
@@ -241,6 +242,30 @@ def scene_busy(box: Sandbox, world: nvml.Scenario) -> Any:
 
 def scene_power(box: Sandbox, world: nvml.Scenario) -> Any:
     return {**told(box.run(["true"], **{"gpu.count": 1, "gpu.power_watts": 150})), "log": world.log}
+
+
+def scene_power_left(box: Sandbox, world: nvml.Scenario) -> Any:
+    """A holder that died before it could put the power limit back."""
+    leases = Path("/run/toolcall-sandbox/gpu")
+    leases.mkdir(parents=True, mode=0o700)
+    (leases / "GPU-standin-0.lease").write_text('{"pid": 1, "call_id": "dead", "power_before_mw": 250000}')
+    return {**told(box.run(["true"], **{"gpu.count": 1})), "log": world.log}
+
+
+def scene_supervisor_dies(box: Sandbox, world: nvml.Scenario) -> Any:
+    """The lease goes with the supervisor that held it."""
+    call = Call(box, tool("orphan"), count=2)
+    assert box._link is not None
+    held = _cli("gpu", "--json")
+    os.kill(box._link.supervisor_pid, signal.SIGKILL)
+    try:
+        call.end()
+        lost = ""
+    except SandboxError as error:
+        lost = type(error).__name__
+    units = [json.loads(text)["units"] for text in (held, _cli("gpu", "--json"))]
+    leases = [[unit["lease"] is not None for unit in row] for row in units]
+    return {"lost": lost, "leases": leases, "next": told(box.run(["true"], **{"gpu.count": 2}))}
 
 
 def scene_cli(box: Sandbox, world: nvml.Scenario) -> Any:

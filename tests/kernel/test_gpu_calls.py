@@ -155,6 +155,20 @@ def test_a_power_limit_is_set_for_the_call_and_put_back(play: Play) -> None:
     assert (row["strength"], row["applied"], row["reason"]) == ("driver", 150, "of the whole GPU, put back afterwards")
 
 
+def test_a_power_limit_that_a_dead_holder_left_is_put_back(play: Play) -> None:
+    found = play("power_left")
+    assert ended(found) == ("ok", "tool")
+    assert found["log"] == ["power 0 250000"]
+
+
+def test_leases_go_with_the_supervisor_that_held_them(play: Play) -> None:
+    found = play("supervisor_dies")
+    assert found["lost"] == "CallLost"
+    assert found["leases"] == [[True, True], [False, False]]
+    assert ended(found["next"]) == ("ok", "tool")
+    assert len(found["next"]["gpu"]) == 2
+
+
 def test_a_miners_command_line_is_noted_and_ends_nothing(play: Play) -> None:
     found = play("miner")
     assert ended(found) == ("tool_error", "tool"), "the test's own signal ended it"
