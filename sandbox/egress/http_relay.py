@@ -52,6 +52,9 @@ class HttpRelay:
         exchanges = Exchanges(flow, group, front, place, self._context(flow) if is_tls else None)
         try:
             await exchanges.serve(early)
+        except ssl.SSLError as error:
+            # TLS 1.3 clients look at the certificate only after the handshake is over for us.
+            raise Refused(TLS_REJECTED, error.reason or "", is_denial=False) from None
         finally:
             exchanges.close()
 

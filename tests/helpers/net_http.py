@@ -205,7 +205,8 @@ def play_http(
         with Sandbox("python"):
             for name, scene in scenes.items():
                 requests.clear()
-                with Sandbox("python", wall_time="60s", **{"extra_roots": [roots], **scene.box}) as box:
+                settings = {"extra_roots": [roots], "allow_hosts": scene.allow, "http": scene.http, **scene.box}
+                with Sandbox("python", wall_time="60s", **settings) as box:
                     told[name] = _tell(box, scene, requests)
         return told
 
@@ -214,7 +215,7 @@ def play_http(
 
 def _tell(box: Any, scene: HttpScene, requests: list[Any]) -> dict[str, Any]:
     argv = list(scene.argv) or ["python3", "-c", PROBE, json.dumps([dict(action) for action in scene.probe])]
-    outcome = box.run(argv, allow_hosts=list(scene.allow), http=list(scene.http), **scene.settings)
+    outcome = box.run(argv, **scene.settings)
     time.sleep(0.02)
     record = outcome.record.to_json()
     return {

@@ -194,18 +194,22 @@ def silent(conn: socket.socket, _outside: Outside) -> None:
 
 
 class Certificates:
-    """A throw-away authority and server certificates, for stand-ins that speak TLS."""
+    """A throw-away authority and server certificates, for stand-ins that speak TLS.
 
-    def __init__(self) -> None:
+    `name`: of the directory, where there is more than one. `days`: how long they are good for; negative, were good.
+    """
+
+    def __init__(self, name: str = "certificates", days: float = 1) -> None:
         from cryptography import x509
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.x509.oid import NameOID
 
         # Beside the world's state directory, and gone with the world.
-        self._directory = Path(os.environ["SANDBOX_STATE"]).parent / "certificates"
+        self._directory = Path(os.environ["SANDBOX_STATE"]).parent / name
         self._directory.mkdir(mode=0o755)
+        self._days = days
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stand-in authority")])
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"stand-in authority, {name}")])
         self.ca_path = str(self._directory / "ca.pem")
         cert = self._builder(self._name, self._key.public_key()).add_extension(
             x509.BasicConstraints(ca=True, path_length=None), critical=True
@@ -222,8 +226,8 @@ class Certificates:
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=1))
+            .not_valid_before(now - timedelta(days=2))
+            .not_valid_after(now + timedelta(days=self._days))
         )
 
     def _sign(self, builder: Any) -> bytes:
