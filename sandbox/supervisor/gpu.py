@@ -42,7 +42,7 @@ class Gpus:
             from sandbox.supervisor.gpu_guard import Guard
 
             self.data = inventory.find()
-            if self.data is not None:
+            if self.data is not None and self.data["units"]:
                 self._guard = Guard(self.data, tree.name if tree is not None else "")
                 grantable = self._guard.grantable()
         v2, v1 = (tree.v2, tree.v1.get("devices", "")) if tree is not None else ("", "")
