@@ -252,6 +252,21 @@ def scene_power_left(box: Sandbox, world: nvml.Scenario) -> Any:
     return {**told(box.run(["true"], **{"gpu.count": 1})), "log": world.log}
 
 
+def scene_driver_limit(box: Sandbox, world: nvml.Scenario) -> Any:
+    """r615, with a version 2 tree at its usual place; on a hybrid host its own is put there."""
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        mounts.bind("/sys/fs/cgroup/unified", "/sys/fs/cgroup", 0)
+    world.driver = "615.10"
+    world.write()
+    less = ["memory", "cpus", "cpu_time", "pids", "io"]
+    state = Path(box.state).with_name("state-615")
+    with Sandbox("shell", state=state, wall_time="30s", best_effort=less) as newer:
+        done = told(newer.run(["true"], **{"gpu.count": 1, "gpu.memory": "5GiB"}))
+        world.fail("nvmlDeviceSetMemoryLimits_v1", 4).write()
+        failed = told(newer.run(["true"], **{"gpu.count": 1, "gpu.memory": "5GiB"}))
+    return {**done, "log": world.log, "failed": failed}
+
+
 def scene_supervisor_dies(box: Sandbox, world: nvml.Scenario) -> Any:
     """The lease goes with the supervisor that held it."""
     call = Call(box, tool("orphan"), count=2)

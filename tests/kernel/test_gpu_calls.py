@@ -155,6 +155,25 @@ def test_a_power_limit_is_set_for_the_call_and_put_back(play: Play) -> None:
     assert (row["strength"], row["applied"], row["reason"]) == ("driver", 150, "of the whole GPU, put back afterwards")
 
 
+def test_the_drivers_memory_limit_is_set_on_the_calls_group_before_it_starts(play: Play) -> None:
+    """That it is asked for as r615 documents it. Whether a driver keeps it was never seen."""
+    import pynvml
+
+    if not hasattr(pynvml, "nvmlDeviceSetMemoryLimits_v1"):
+        pytest.skip("this binding is older than the function")
+    found = play("driver_limit")
+    assert ended(found) == ("ok", "tool")
+    row = found["enforcement"]["gpu_memory"]
+    assert (row["level"], row["strength"]) == ("full", "driver")
+    assert "never run on hardware" in row["reason"]
+    (line,) = found["log"]
+    assert line.startswith(f"memory 0 {5 << 30} /sys/fs/cgroup/")
+    assert "/toolcall-sandbox-" in line
+    assert line.endswith(f"/{found['isolation']['cgroup']}")
+    assert ended(found["failed"]) == ("launch_error", "host"), "a limit that was planned and is refused runs nothing"
+    assert "NO_PERMISSION" in found["failed"]["ending"]["message"]
+
+
 def test_a_power_limit_that_a_dead_holder_left_is_put_back(play: Play) -> None:
     found = play("power_left")
     assert ended(found) == ("ok", "tool")
