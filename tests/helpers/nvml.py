@@ -15,7 +15,16 @@ def build(directory: Path, scenario: Path | None = None) -> Path:
     """Compile the stand-in into `directory`; with `scenario`, where it looks without an environment variable."""
     target = directory / LIBRARY
     define = [f'-DSCENARIO="{scenario}"'] if scenario is not None else []
-    flags = ["-O1", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}"]
+    flags = [
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wno-missing-field-initializers",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-Wl,-soname,{LIBRARY}",
+    ]
     subprocess.run(["gcc", *flags, *define, "-o", str(target), str(SOURCE)], check=True, timeout=60)
     return target
 
