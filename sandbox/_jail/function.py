@@ -31,8 +31,6 @@ def run(launch: Launch) -> None:
     result = os.dup2(launch.fds["result"], 3, inheritable=False)
     # The status channel closes here: from now on nothing of ours is open but the result.
     syscalls.close_range(4, 0xFFFFFFFF)
-    # As an exec would have done it: a process that is not dumpable cannot read its own /proc entries.
-    process.set_dumpable(dumpable=True)
     os.environ.clear()
     os.environ.update(launch.call["env"])
     os.chdir(launch.call["cwd"])

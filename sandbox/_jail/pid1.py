@@ -15,7 +15,6 @@ import os
 import resource
 import select
 import signal
-import stat
 import struct
 import termios
 
@@ -108,16 +107,16 @@ def proc(launch: Launch, args: dict[str, Any]) -> None:
     mounts.mount("proc", "/proc", "proc", flags, "hidepid=2")
     # For the step user_limits, which can be taken only in the call's own user namespace.
     launch.fds["proc_sys"] = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    attributes = mounts.ATTR_RDONLY | mounts.ATTR_NOSUID | mounts.ATTR_NODEV | mounts.ATTR_NOEXEC
+    with os.scandir("/proc") as entries:
+        there = {entry.name: entry for entry in entries}
     for name in args["read_only"]:
-        if os.path.exists(f"/proc/{name}"):
-            mounts.bind(f"/proc/{name}", f"/proc/{name}", attributes)
+        if name in there:
+            mounts.mount(f"/proc/{name}", f"/proc/{name}", "none", mounts.MS_BIND)
+            mounts.remount_read_only(f"/proc/{name}", more_flags=mounts.MS_NOEXEC)
     for name in args["masked"]:
-        try:
-            is_directory = stat.S_ISDIR(os.lstat(f"/proc/{name}").st_mode)
-        except FileNotFoundError:
+        if name not in there:
             continue
-        if is_directory:
+        if there[name].is_dir(follow_symlinks=False):
             mounts.mount("tmpfs", f"/proc/{name}", "tmpfs", flags | mounts.MS_RDONLY, "size=4k,nr_inodes=2,mode=555")
         else:
             # One call instead of four: the mount of /dev/null has its attributes already.
@@ -204,7 +203,7 @@ def no_new_privs(_launch: Launch, _args: dict[str, Any]) -> None:
 
 def landlock_rules(_launch: Launch, args: dict[str, Any]) -> None:
     """The second wall: the same paths again, as rules of this process and all its children (landlock(7))."""
-    landlock.restrict([(path, access) for path, access in args["rules"] if os.path.lexists(path)], args["abi"])
+    landlock.restrict(args["rules"], args["abi"], missing_ok=True)
 
 
 def close_fds(launch: Launch, _args: dict[str, Any]) -> None:
@@ -264,9 +263,12 @@ def park(launch: Launch) -> None:
     names = message["fds"]
     assert isinstance(names, list)
     launch.fds.update(zip(names, fds, strict=True))
-    call_fd = launch.fds.pop("call")
-    launch.call = json.loads(wire.read_memfd(call_fd))
-    os.close(call_fd)
+    if "call" in launch.fds:
+        call_fd = launch.fds.pop("call")
+        launch.call = json.loads(wire.read_memfd(call_fd))
+        os.close(call_fd)
+    else:
+        launch.call = message["call"]  # type: ignore[assignment]
 
 
 def _start_tool(launch: Launch) -> int:

@@ -24,12 +24,12 @@ def scratch(launch: Launch, args: dict[str, Any], *, at: str, root: str, owner: 
     """Mount the tmpfs at `at` and bind its directories at their places below `root`, which exist."""
     flags = mounts.MS_NOSUID | mounts.MS_NODEV
     mounts.mount("tmpfs", at, "tmpfs", flags, f"size={args['disk_bytes']},nr_inodes={args['inodes']},mode=755")
+    umask, is_other = os.umask(0), os.geteuid() != owner
     for name, mode in _MODES.items():
-        path = f"{at}/{name}"
-        os.mkdir(path)
-        os.chmod(path, mode)
-        if os.geteuid() != owner:
-            os.chown(path, owner, owner)
+        os.mkdir(f"{at}/{name}", mode)
+        if is_other:
+            os.chown(f"{at}/{name}", owner, owner)
+    os.umask(umask)
     for jail_path, name in args["directories"].items():
         # A plain bind has the attributes of the mount that it shows a part of: nosuid, nodev.
         mounts.mount(f"{at}/{name}", root + jail_path, "none", mounts.MS_BIND)

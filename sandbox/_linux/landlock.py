@@ -121,6 +121,7 @@ def restrict(
     abi: int,
     *,
     scoped: bool = True,
+    missing_ok: bool = False,
     bind_ports: Iterable[int] | None = None,
     connect_ports: Iterable[int] | None = None,
 ) -> None:
@@ -130,6 +131,7 @@ def restrict(
     O_PATH, and may be links. Every right of `abi` is handled; what the kernel lacks beyond it stays open. `scoped`:
     from ABI 6 no signal and no abstract socket reaches a process outside. With port lists (ABI 4) TCP is refused but
     for these ports; None leaves it alone. Precondition: no_new_privs is set, or CAP_SYS_ADMIN held.
+    `missing_ok`: a rule for a path that is not there grants nothing.
     Raises OSError that names the call and the path: ENOENT for a path that is not there, EPERM without the
     precondition, E2BIG after 16 layers, EINVAL when `abi` is above the kernel's. Nothing is restricted then.
     """
@@ -145,7 +147,7 @@ def restrict(
             allowed = 0
             for name in access:
                 allowed |= ACCESS[name] & filesystem
-            _add_path(ruleset, target, allowed)
+            _add_path(ruleset, target, allowed, missing_ok=missing_ok)
         for right, numbers in ports.items():
             for port in numbers or ():
                 _add(ruleset, _RULE_NET_PORT, _NetPortAttr(right, port), f"TCP port {port}")
@@ -154,7 +156,7 @@ def restrict(
         os.close(ruleset)
 
 
-def _add_path(ruleset: int, target: str | int, allowed: int) -> None:
+def _add_path(ruleset: int, target: str | int, allowed: int, *, missing_ok: bool) -> None:
     if not allowed:
         return  # such as "ioctl" before ABI 5: the kernel refuses an empty rule (ENOMSG)
     if isinstance(target, int):
@@ -164,6 +166,8 @@ def _add_path(ruleset: int, target: str | int, allowed: int) -> None:
         try:
             fd = os.open(target, os.O_PATH | os.O_CLOEXEC)
         except OSError as error:
+            if missing_ok and error.errno == errno.ENOENT:
+                return
             raise OSError(error.errno, f"open {target} for landlock_add_rule: {error.strerror}") from error
     try:
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -180,7 +184,6 @@ def _add(ruleset: int, kind: int, attr: ctypes.Structure, name: str) -> None:
 
 
 def _call(name: str, number: int, *args: object) -> int:
-    ctypes.set_errno(0)
     converted = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     result: int = _libc.syscall(ctypes.c_long(number), *converted)
     if result == -1:

@@ -38,6 +38,7 @@ RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 class _MountAttr(ctypes.Structure):
@@ -56,15 +57,13 @@ def _check(name: str, what: str, result: int) -> None:
 
 def mount(source: str, target: str, fstype: str, flags: int = 0, options: str = "") -> None:
     """mount(2) with `options` as its data string."""
-    result = _libc.mount(
-        source.encode(), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), os.fsencode(options)
-    )
+    result = _libc.mount(source.encode(), os.fsencode(target), fstype.encode(), flags, os.fsencode(options))
     _check("mount", target, result)
 
 
 def make_private() -> None:
     """Stop mounts from travelling between this mount namespace and the one it was copied from."""
-    _check("mount", "private /", _libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None))
+    _check("mount", "private /", _libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None))
 
 
 def unmount_detached(target: str) -> None:
@@ -135,7 +134,7 @@ def bind(source: str, target: str, attributes: int) -> None:
         os.close(tree)
 
 
-def remount_read_only(target: str) -> None:
+def remount_read_only(target: str, *, more_flags: int = 0) -> None:
     """Make the mount at `target` read-only, keeping nosuid and nodev (a user namespace may not drop them)."""
-    flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
-    _check("mount", f"read-only {target}", _libc.mount(None, os.fsencode(target), None, ctypes.c_ulong(flags), None))
+    flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | more_flags
+    _check("mount", f"read-only {target}", _libc.mount(None, os.fsencode(target), None, flags, None))

@@ -32,13 +32,12 @@ _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 
 
-def prctl(name: str, option: int, *args: int) -> int:
+def prctl(name: str, option: int, first: int = 0, second: int = 0) -> int:
     """prctl(2); `name` is for the error text."""
-    padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
-    ctypes.set_errno(0)
-    result: int = _libc.prctl(ctypes.c_int(option), *padded)
+    result: int = _libc.prctl(option, first, second, 0, 0)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl {name}: {os.strerror(code)}")

@@ -11,6 +11,8 @@ import os
 
 _NUMBERS = {"x86_64": 317, "aarch64": 277}
 
+_MACHINE = os.uname().machine
+
 SET_MODE_FILTER = 1
 GET_ACTION_AVAIL = 2
 GET_NOTIF_SIZES = 3
@@ -113,10 +115,9 @@ def _takes(operation: int, flags: int, argument: object) -> bool:
 
 
 def _call(name: str, operation: int, flags: int, argument: object) -> int:
-    number = _NUMBERS.get(os.uname().machine)
+    number = _NUMBERS.get(_MACHINE)
     if number is None:
-        raise OSError(errno.ENOSYS, f"{name}: unknown architecture {os.uname().machine}")
-    ctypes.set_errno(0)
+        raise OSError(errno.ENOSYS, f"{name}: unknown architecture {_MACHINE}")
     result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_uint(operation), ctypes.c_uint(flags), argument)
     if result == -1:
         code = ctypes.get_errno()

@@ -12,6 +12,7 @@ import os
 # PyDLL keeps the GIL during the call. clone3 returns twice: a child that had to take the GIL back could wait for ever.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_long = ctypes.c_long
 
 _NUMBERS = {
     "x86_64": {"pivot_root": 155, "unshare": 272, "keyctl": 250, "capset": 126, "setns": 308},
@@ -45,19 +46,21 @@ AT_RECURSIVE = 0x8000
 CLOSE_RANGE_CLOEXEC = 4
 
 
+_MACHINE = os.uname().machine
+
+
 def number(name: str) -> int:
     """The number of an older system call on this machine. Raises OSError (ENOSYS) on an unknown architecture."""
-    table = _NUMBERS.get(os.uname().machine)
+    table = _NUMBERS.get(_MACHINE)
     if table is None:
-        raise OSError(38, f"{name}: unknown architecture {os.uname().machine}")
+        raise OSError(38, f"{name}: unknown architecture {_MACHINE}")
     return table[name]
 
 
 def call(name: str, nr: int, *args: object) -> int:
     """Make one system call. Integers are passed as C longs; bytes and ctypes objects as pointers."""
-    ctypes.set_errno(0)
-    converted = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
-    result: int = _libc.syscall(ctypes.c_long(nr), *converted)
+    converted = [_long(arg) if type(arg) is int else arg for arg in args]
+    result: int = _libc.syscall(_long(nr), *converted)
     if result == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")

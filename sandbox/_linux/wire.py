@@ -13,6 +13,8 @@ import struct
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 MESSAGE_MAX_BYTES = 128 * 1024
+# What is larger goes into a memory file.
+INLINE_MAX_BYTES = 32 * 1024
 FDS_MAX = 32
 _FD_BYTES = struct.calcsize("=i")
 

@@ -194,14 +194,16 @@ class Jail:
         """Start the tool: `call` holds argv, env and cwd, `fds` its streams, which stay the caller's to close."""
         assert self._status is not None
         self._own_streams(fds)
-        call_fd = wire.memfd("call", json.dumps(call).encode())
-        try:
-            names = {"call": call_fd, **fds}
-            wire.send(self._status, {"op": "go", "fds": list(names)}, list(names.values()))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the jail has ended; its end is what the caller will see
-        finally:
-            os.close(call_fd)
+        data = json.dumps(call).encode()
+        with contextlib.ExitStack() as stack:
+            names = dict(fds)
+            if len(data) > wire.INLINE_MAX_BYTES:
+                names["call"] = wire.memfd("call", data)
+                stack.callback(os.close, names["call"])
+                call = {}
+            # Fails when the jail has ended; its end is what the caller will see.
+            stack.enter_context(contextlib.suppress(BrokenPipeError, ConnectionResetError))
+            wire.send(self._status, {"op": "go", "fds": list(names), "call": call}, list(names.values()))
 
     def _own_streams(self, fds: Mapping[str, int]) -> None:
         """Let the tool open its own pipes anew by /dev/stdin, /dev/stdout and /dev/stderr, as shells do.
