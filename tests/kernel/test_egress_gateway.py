@@ -222,3 +222,69 @@ def test_a_decorated_function_fetches_from_the_host_that_it_names() -> None:
     told = run_in_world(functions, HOSTS)
     assert told["warm"] == [f"you asked for /{n}" for n in range(5)]
     assert [item["host"] for item in told["network"] if item["proto"] == "http"] == ["www.example.test"]
+
+
+def beside_a_flood() -> dict[str, Any]:
+    """One call hammers the gateway; another fetches meanwhile, and a third is ended by its wall time at full speed."""
+    from sandbox import Sandbox
+
+    outside = furnish()
+    settings: dict[str, Any] = {"connections_max": "unlimited", "download_max": "unlimited"}
+    with Sandbox("python", allow_hosts=["www.example.test:*"], **settings) as box:
+        box.run(["true"])
+        flood = do("flood", host="www.example.test", port=7, count=1_000_000, send="x")
+        refused = do("flood", host="10.1.2.3", port=7, count=1_000_000)
+        hammers = [
+            threading.Thread(target=lambda action=action: box.run(probe(action), wall_time="8s"))
+            for action in (flood, refused)
+        ]
+        for hammer in hammers:
+            hammer.start()
+        assert wait_until(lambda: outside.count(f"echo {WEB}") > 50)
+        started = time.monotonic()
+        fetched = [box.run(probe(get("www.example.test"))) for _ in range(5)]
+        fetch_s = (time.monotonic() - started) / 5
+        endless = do("tcp", host="www.example.test", port=80, send=f"GET /bytes/{1 << 40} HTTP/1.1\r\n\r\n", timeout=60)
+        started = time.monotonic()
+        ended = box.run(probe(endless), wall_time="2s")
+        ended_s = time.monotonic() - started
+        for hammer in hammers:
+            hammer.join()
+    return {
+        "fetched": [outcome.ok and b"you asked for" in outcome.stdout for outcome in fetched],
+        "fetch_s": fetch_s,
+        "ended": ended.ending.to_json(),
+        "ended_s": ended_s,
+        "moved": ended.record.to_json()["usage"]["network_bytes_in"],
+    }
+
+
+def test_a_flood_delays_neither_other_calls_nor_their_ends() -> None:
+    told = run_in_world(beside_a_flood, HOSTS)
+    assert told["fetched"] == [True] * 5
+    assert told["fetch_s"] < 5
+    assert told["ended"]["kind"] == "limit:wall_time"
+    assert 1.9 < told["ended_s"] < 6, "2 s, and the start of a jail on a busy machine"
+    assert told["moved"] > 1 << 20
+
+
+def few_descriptors() -> dict[str, Any]:
+    import resource
+
+    from sandbox import Sandbox
+
+    furnish()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), min(512, hard)))
+    with Sandbox("python", allow_hosts=["www.example.test:*"]) as box:
+        held = do("flood", host="www.example.test", port=7, count=250, hold=True, send="x")
+        outcome = box.run(probe(held, get("www.example.test")))
+    return {"results": json.loads(outcome.stdout), "network": outcome.record.to_json()["network"]}
+
+
+def test_a_gateway_that_is_full_refuses_and_goes_on() -> None:
+    told = run_in_world(few_descriptors, HOSTS)
+    held, after = told["results"]
+    assert held["held data"] == (512 - 256) // 2
+    assert {item["reason"] for item in told["network"] if item["decision"] == "deny"} == {"gateway_busy"}
+    assert after["ok"]
