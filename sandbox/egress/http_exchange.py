@@ -17,7 +17,7 @@ from sandbox.egress.flow import Flow, Refused
 from sandbox.egress.http_request import FRAMING, MALFORMED, Judged, Place, judge, without_hop_headers
 from sandbox.egress.http_upstream import CERTIFICATE, FAILED, HEAD_MAX_BYTES, Upstream, UpstreamFailed
 from sandbox.egress.journal import Attempt
-from sandbox.egress.streams import Stream
+from sandbox.egress.streams import CHUNK_BYTES, Stream
 from sandbox.http_rules import Group
 
 HEAD_TIMEOUT_S: Final = 30.0
@@ -207,26 +207,30 @@ class Exchanges:
                 event = await self._body_event()
 
     async def _return(self, upstream: Upstream, status: list[int]) -> None:
-        """The server's answer to the call. Raises UpstreamFailed."""
+        """The server's answer to the call: what is here goes on at once, in one piece. Raises UpstreamFailed."""
+        here = bytearray()
         while True:
-            event = await upstream.event()
-            if isinstance(event, h11.InformationalResponse):
-                if event.status_code == 101:
-                    status[0] = 101
-                    await self._switch(upstream, event)
-                    return
-                if self._http.their_http_version != b"1.0":
-                    await self._front.send(self._http.send(_onward(event)))
+            event = upstream.event()
+            if event is None or len(here) > CHUNK_BYTES:
+                await self._front.send(here)
+                here = bytearray()
+            if event is None:
+                await upstream.wait()
+            elif isinstance(event, h11.Data):
+                here += self._http.send(h11.Data(data=event.data))
+            elif isinstance(event, h11.EndOfMessage):
+                await self._front.send(here + self._http.send(h11.EndOfMessage()))
+                return
             elif isinstance(event, h11.Response):
                 status[0] = event.status_code
-                close = self._http.they_are_waiting_for_100_continue
-                await self._front.send(self._http.send(_onward(event, close=close)))
-            elif isinstance(event, h11.Data):
-                await self._front.send(self._http.send(h11.Data(data=event.data)))
-            else:
-                assert isinstance(event, h11.EndOfMessage)
-                await self._front.send(self._http.send(h11.EndOfMessage()))
+                here += self._http.send(_onward(event, close=self._http.they_are_waiting_for_100_continue))
+            elif isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+                status[0] = 101
+                await self._front.send(here)
+                await self._switch(upstream, event)
                 return
+            elif self._http.their_http_version != b"1.0":
+                here += self._http.send(_onward(event))
 
     async def _switch(self, upstream: Upstream, event: h11.InformationalResponse) -> None:
         """A WebSocket from here on: bytes both ways."""

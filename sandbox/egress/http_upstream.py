@@ -69,15 +69,21 @@ class Upstream:
         except OSError as error:
             raise UpstreamFailed(error.strerror or "it broke off") from None
 
-    async def event(self) -> h11.Event:
-        """What the server says next. Raises UpstreamFailed, also at an end that comes too soon."""
+    async def wait(self) -> None:
+        """Read on. Raises UpstreamFailed."""
         try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                self._http.receive_data(await self.stream.recv())
-        except h11.RemoteProtocolError:
-            raise UpstreamFailed("it is not HTTP/1.1, or breaks off") from None
+            self._http.receive_data(await self.stream.recv())
         except OSError as error:
             raise UpstreamFailed(error.strerror or "it broke off") from None
+
+    def event(self) -> h11.Event | None:
+        """What the server says next, None when that is not here yet. Raises UpstreamFailed, also at an early end."""
+        try:
+            event = self._http.next_event()
+        except h11.RemoteProtocolError:
+            raise UpstreamFailed("it is not HTTP/1.1, or breaks off") from None
+        if event is h11.NEED_DATA:
+            return None
         if isinstance(event, h11.Response) and {name for name, _ in event.headers}.issuperset(_TWO_LENGTHS):
             raise UpstreamFailed("an answer with two lengths")
         if not isinstance(event, h11.Event) or isinstance(event, h11.ConnectionClosed):

@@ -24,7 +24,7 @@ class Stream(Protocol):
     """Bytes both ways. `finish`: no more from here; `recv` then still gives what the other side has to say."""
 
     async def recv(self) -> bytes: ...
-    async def send(self, data: bytes | memoryview) -> None: ...
+    async def send(self, data: bytes | bytearray | memoryview) -> None: ...
     async def finish(self) -> None: ...
 
 
@@ -32,13 +32,14 @@ class Plain:
     """A socket without budgets: the server's side."""
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
 
     async def recv(self) -> bytes:
         return await self._loop.sock_recv(self._sock, CHUNK_BYTES)
 
-    async def send(self, data: bytes | memoryview) -> None:
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
         await self._loop.sock_sendall(self._sock, data)
 
     async def finish(self) -> None:
@@ -53,6 +54,7 @@ class Metered:
     """
 
     def __init__(self, sock: socket.socket, meters: Sequence[Meter]) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._meters = meters
         self._rated = tuple(meter for meter in meters if meter.has_rate)
@@ -75,7 +77,7 @@ class Metered:
                 meter.spend(UP, len(data))
             return data
 
-    async def send(self, data: bytes | memoryview) -> None:
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)
         while rest:
             await self._throttle()
@@ -154,7 +156,7 @@ class Tls:
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return b""
 
-    async def send(self, data: bytes | memoryview) -> None:
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)
         async with self._sending:
             while rest:

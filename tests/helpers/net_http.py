@@ -94,12 +94,13 @@ class Site:
                 conn.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + data)
                 http.send_failed()
                 return
-            _answer(conn, http, 200, data, headers)
+            _answer(conn, http, 200, b"" if request.method == b"HEAD" else data, headers)
         elif kind == "redirect":
             _answer(conn, http, 302, b"", [("Location", query), ("Content-Length", "0")])
         else:
             said = f"{noted['method']} {noted['target']} at {self.label}, {noted['body_bytes']} bytes\n".encode()
-            _answer(conn, http, 200, said, [("Content-Length", str(len(said)))])
+            length = [("Content-Length", str(len(said)))]
+            _answer(conn, http, 200, b"" if request.method == b"HEAD" else said, length)
 
 
 def blob(size: int) -> bytes:
@@ -119,10 +120,11 @@ def _event(conn: socket.socket, http: h11.Connection) -> Any:
 
 
 def _answer(conn: socket.socket, http: h11.Connection, status: int, body: bytes, headers: list[Any]) -> None:
-    conn.sendall(http.send(h11.Response(status_code=status, headers=headers)))
+    head = http.send(h11.Response(status_code=status, headers=headers))
     for at in range(0, len(body), 1 << 16):
-        conn.sendall(http.send(h11.Data(data=body[at : at + (1 << 16)])))
-    conn.sendall(http.send(h11.EndOfMessage()))
+        conn.sendall(head + http.send(h11.Data(data=body[at : at + (1 << 16)])))
+        head = b""
+    conn.sendall(head + http.send(h11.EndOfMessage()))
 
 
 def _echo_frames(conn: socket.socket, http: h11.Connection, request: h11.Request) -> None:
