@@ -132,7 +132,7 @@ def _filesystem(grant: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
 def _gpu(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     """None where none was granted and none was reached for: then there is nothing to say."""
     granted = grant.get("count") or len(grant.get("devices") or ())
-    stray = [item for item in record.get("findings") or () if item.get("rule") == "gpu_used_without_grant"]
+    stray = [item for item in record.get("findings") or () if item.get("id") == "gpu_used_without_grant"]
     units = _mapping(record.get("usage")).get("gpu")
     if stray:
         return _verdict("exceeded", granted, len(stray), "a process of the call was seen on a GPU that it did not hold")

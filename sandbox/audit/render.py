@@ -164,6 +164,17 @@ def _tables(record: Mapping[str, Any]) -> Iterator[Table]:
     yield from _listing("network", _list(record.get("network")), columns)
     for name, items in group(record, "files").items():
         yield from _listing(f"files {plain(name, 40)}", _list(items), ("path", "kind", "size_bytes", "sha256"))
+    units = (
+        "index",
+        "uuid",
+        "memory_peak_bytes",
+        "seconds",
+        "seconds_by",
+        "energy_j",
+        "energy_shared",
+        "processes_peak",
+    )
+    yield from _listing("gpu", _list(group(record, "usage").get("gpu")), units)
     yield from _listing("findings", _list(record.get("findings")), ("id", "severity", "title", "confidence"))
     yield from _listing("decisions", _list(record.get("decisions")), ("kind", "subject", "decision", "rule", "reason"))
 

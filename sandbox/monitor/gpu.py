@@ -2,7 +2,7 @@
 
 A long matrix product or a simulation has the same steady duty as a miner, and a miner can be told to pause: these
 rules are evidence for people. What keeps a miner from earning is the network allowlist.
-Technique ids: MITRE ATT&CK T1496 (resource hijacking).
+Technique ids: MITRE ATT&CK T1496.001 (compute hijacking), ATLAS AML.T0034.002 (agentic resource consumption).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-TECHNIQUES: Final = ("T1496",)
 # A miner's device works at a flat rate; programs that load data, wait for each other or print vary more.
 SM_DEVIATION_MAX: Final = 2.0
 # Beyond its start a miner moves next to nothing: work units of some hundred bytes.
@@ -42,19 +41,23 @@ class Finding:
 
     rule: str
     severity: str
-    message: str
+    title: str
     evidence: dict[str, Any]
     response: str = "note"
-    techniques: tuple[str, ...] = TECHNIQUES
+    is_mining: bool = True
 
     def to_json(self) -> dict[str, Any]:
+        """As the record has it. Technique ids are our reading of the public lists."""
         return {
-            "rule": self.rule,
+            "id": self.rule,
+            "title": self.title,
             "severity": self.severity,
+            "confidence": "high" if self.severity == "breach" else "low",
+            "evidence": [self.evidence],
+            "attack": ["T1496.001"] if self.is_mining else [],
+            "atlas": ["AML.T0034.002"] if self.is_mining else [],
+            "owasp": ["ASI02", "ASI10"] if self.is_mining else [],
             "fault": "tool",
-            "message": self.message,
-            "evidence": self.evidence,
-            "techniques": list(self.techniques),
             "response": self.response,
         }
 
@@ -83,7 +86,7 @@ def gpu_used_without_grant(pid: int, uuid: str, granted: Sequence[str]) -> Findi
 def gpu_limit(limit: str, seen: float, allowed: float, evidence: dict[str, Any]) -> Finding:
     """A limit of the GPU's own was crossed, and the call was ended for it."""
     message = f"{limit}: {_number(seen)} seen, {_number(allowed)} allowed"
-    return Finding("gpu_limit", "breach", message, evidence, response="freeze, kill", techniques=())
+    return Finding("gpu_limit", "breach", message, evidence, response="freeze, kill", is_mining=False)
 
 
 def _number(value: float) -> str:

@@ -165,7 +165,7 @@ class CallGpu:
             return
         # Of the command that was asked for and the process that it became, one is enough.
         same = finding.evidence.get("matched")
-        if same is None or all(same != other["evidence"].get("matched") for other in self.findings):
+        if same is None or all(same != other["evidence"][0].get("matched") for other in self.findings):
             self._rules_said.add(finding.rule)
             self.findings.append(finding.to_json())
 

@@ -100,8 +100,8 @@ def test_over_a_limit_the_call_is_ended_for_it(scene: str, play: Play) -> None:
     found = play(scene)
     assert ended(found) == (f"limit:gpu_{scene}", "tool")
     (finding,) = found["findings"]
-    evidence = finding["evidence"]
-    assert (finding["rule"], finding["severity"], evidence["limit"]) == ("gpu_limit", "breach", f"gpu_{scene}")
+    (evidence,) = finding["evidence"]
+    assert (finding["id"], finding["severity"], evidence["limit"]) == ("gpu_limit", "breach", f"gpu_{scene}")
     assert evidence["seen"] > evidence["allowed"]
     assert evidence["reaction_s"] < 1.0, "from the decision until nothing was left of the call"
     assert evidence["gap_s"] < 1.0
@@ -113,14 +113,14 @@ def test_over_a_limit_the_call_is_ended_for_it(scene: str, play: Play) -> None:
 def test_use_without_a_grant_ends_the_call(play: Play) -> None:
     found = play("no_grant")
     assert ended(found) == ("denied", "tool")
-    assert [finding["rule"] for finding in found["findings"]] == ["gpu_used_without_grant"]
-    assert found["findings"][0]["evidence"]["uuid"] == "GPU-standin-1"
+    assert [finding["id"] for finding in found["findings"]] == ["gpu_used_without_grant"]
+    assert found["findings"][0]["evidence"][0]["uuid"] == "GPU-standin-1"
 
 
 def test_use_of_another_gpu_than_the_leased_one_ends_the_call(play: Play) -> None:
     found = play("other_device")
     assert ended(found) == ("denied", "tool")
-    assert found["findings"][0]["evidence"]["granted"] == ["GPU-standin-0"]
+    assert found["findings"][0]["evidence"][0]["granted"] == ["GPU-standin-0"]
 
 
 def test_use_of_the_leased_gpu_does_not(play: Play) -> None:
@@ -191,7 +191,7 @@ def test_leases_go_with_the_supervisor_that_held_them(play: Play) -> None:
 def test_a_miners_command_line_is_noted_and_ends_nothing(play: Play) -> None:
     found = play("miner")
     assert ended(found) == ("tool_error", "tool"), "the test's own signal ended it"
-    assert [(finding["rule"], finding["response"]) for finding in found["findings"]] == [("miner_argv", "note")]
+    assert [(finding["id"], finding["response"]) for finding in found["findings"]] == [("miner_argv", "note")]
 
 
 def test_the_command_line_shows_devices_leases_and_use(play: Play) -> None:

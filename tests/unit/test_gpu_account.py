@@ -241,18 +241,20 @@ def test_a_miners_command_line(argv: list[str], found: bool) -> None:
 
 def test_use_without_a_grant_is_a_breach() -> None:
     row = gpu_used_without_grant(7, "GPU-1", []).to_json()
-    assert (row["rule"], row["severity"], row["response"], row["fault"]) == (
+    assert (row["id"], row["severity"], row["response"], row["fault"]) == (
         "gpu_used_without_grant",
         "breach",
         "kill",
         "tool",
     )
-    assert "no GPU" in row["message"]
+    assert "no GPU" in row["title"]
+    assert row["evidence"] == [{"pid": 7, "uuid": "GPU-1", "granted": []}]
+    assert row["attack"] == ["T1496.001"]
 
 
 # -- the record's verdict ------------------------------------------------------------------------------------------
 
-STRAY = {"rule": "gpu_used_without_grant"}
+STRAY = {"id": "gpu_used_without_grant"}
 
 
 @pytest.mark.parametrize(
