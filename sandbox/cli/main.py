@@ -17,11 +17,13 @@ COMMANDS = {
     "run": "run",
     "shell": "shell",
     "plan": "plan",
+    "why": "why",
     "doctor": "doctor",
     "profile": "profile",
     "audit": "audit",
     "changes": "changes",
     "gpu": "gpu",
+    "why": "why",
 }
 # Their exit status is a tool's: what we refuse has to be told apart from whatever a tool can say.
 RUNNING = ("run", "shell")
