@@ -17,7 +17,6 @@ COMMANDS = {
     "run": "run",
     "shell": "shell",
     "plan": "plan",
-    "why": "why",
     "doctor": "doctor",
     "profile": "profile",
     "audit": "audit",
