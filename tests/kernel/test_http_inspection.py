@@ -177,7 +177,8 @@ def test_programs_that_ignore_the_environment_trust_it_too(seen: dict[str, SeenH
     assert "GET /ok/x at www" in seen["no environment"].stdout
     scene = seen["other authorities"]
     assert scene.requests == []
-    assert scene.one(transport="tcp")["reason"] == "tls_rejected"
+    # The client says no by an alert and closes at once: its reset may overtake the alert.
+    assert scene.one(transport="tcp")["reason"] in ("tls_rejected", "reset")
 
 
 def test_the_jail_trusts_the_gateway_and_cannot_change_whom_it_trusts(seen: dict[str, SeenHttp]) -> None:
