@@ -22,7 +22,7 @@ import socket
 import sys
 import warnings
 
-from sandbox._jail import function, pid1, places
+from sandbox._jail import function, pid1, places, rehearsal
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
 
@@ -44,6 +44,8 @@ def run(launch: Launch, release: int) -> None:
         settings = launch.plan["template"]
         if settings["function"]:
             _start_interpreter(launch, settings)
+        rehearsal.rehearse(launch)
+        _freeze()
         _serve(launch)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
@@ -68,7 +70,8 @@ def _start_interpreter(launch: Launch, settings: dict[str, Any]) -> None:
     os.chdir("/")
     _leave_init()
     argv = [settings["python"], "-I", "-c", _BOOT, json.dumps(state)]
-    os.execve(argv[0], argv, settings["env"])  # noqa: S606 - this is the point
+    # Symbols that are resolved now are resolved for all children.
+    os.execve(argv[0], argv, {**settings["env"], "LD_BIND_NOW": "1"})  # noqa: S606 - this is the point
 
 
 def _scratch(launch: Launch) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def _leave_init() -> None:
 def main(text: str) -> None:
     """Entry of the fresh interpreter: import what is named, then serve."""
     state = json.loads(text)
+    del os.environ["LD_BIND_NOW"]
     for fd in state["numbers"]:
         os.set_inheritable(fd, False)
     launch = Launch(state, state["numbers"])
@@ -109,6 +113,8 @@ def main(text: str) -> None:
         # What the imports wrote goes with the places they had; each jail mounts its own over what is below.
         for place in ("/proc", *_scratch(launch)["directories"]):
             mounts.unmount_detached(place)
+        rehearsal.rehearse(launch)
+        _freeze()
         _serve(launch)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
@@ -122,12 +128,15 @@ def _preload(launch: Launch, names: list[str]) -> None:
             importlib.import_module(name)
         except BaseException as error:  # noqa: BLE001 - the call will import it again and say so to its caller
             launch.notes.append(f"import of {name} in the template: {type(error).__name__}")
-    # Children share these pages until somebody writes; a collection would write to all of them (gc.freeze).
+    # Threads that a library started are not in the child; the library's own fork handlers deal with that.
+    warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+
+
+def _freeze() -> None:
+    """Children share our pages until somebody writes; a collection would write to all of them (gc.freeze)."""
     gc.collect()
     gc.freeze()
     gc.disable()
-    # Threads that a library started are not in the child; the library's own fork handlers deal with that.
-    warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
 
 
 class _Children:

@@ -135,25 +135,43 @@ def restrict(
     Raises OSError that names the call and the path: ENOENT for a path that is not there, EPERM without the
     precondition, E2BIG after 16 layers, EINVAL when `abi` is above the kernel's. Nothing is restricted then.
     """
+    fd = ruleset(rules, abi, scoped=scoped, missing_ok=missing_ok, bind_ports=bind_ports, connect_ports=connect_ports)
+    try:
+        _call("landlock_restrict_self", _NR_RESTRICT_SELF, fd, 0)
+    finally:
+        os.close(fd)
+
+
+def ruleset(
+    rules: Iterable[tuple[str | int, Iterable[str]]],
+    abi: int,
+    *,
+    scoped: bool = True,
+    missing_ok: bool = False,
+    bind_ports: Iterable[int] | None = None,
+    connect_ports: Iterable[int] | None = None,
+) -> int:
+    """A descriptor of the rules, which hold for nobody yet; arguments and errors as for `restrict`."""
     filesystem, network, scope = rights(abi)
     ports = {NET_BIND_TCP: bind_ports, NET_CONNECT_TCP: connect_ports}
     handled_network = sum(right for right, numbers in ports.items() if numbers is not None)
     if handled_network & ~network:
         raise OSError(errno.EOPNOTSUPP, f"landlock: TCP rules need ABI 4, this is {abi}")
     attr = _RulesetAttr(filesystem, handled_network, scope if scoped else 0)
-    ruleset = _call("landlock_create_ruleset", _NR_CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0)
+    fd = _call("landlock_create_ruleset", _NR_CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0)
     try:
         for target, access in rules:
             allowed = 0
             for name in access:
                 allowed |= ACCESS[name] & filesystem
-            _add_path(ruleset, target, allowed, missing_ok=missing_ok)
+            _add_path(fd, target, allowed, missing_ok=missing_ok)
         for right, numbers in ports.items():
             for port in numbers or ():
-                _add(ruleset, _RULE_NET_PORT, _NetPortAttr(right, port), f"TCP port {port}")
-        _call("landlock_restrict_self", _NR_RESTRICT_SELF, ruleset, 0)
-    finally:
-        os.close(ruleset)
+                _add(fd, _RULE_NET_PORT, _NetPortAttr(right, port), f"TCP port {port}")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _add_path(ruleset: int, target: str | int, allowed: int, *, missing_ok: bool) -> None:

@@ -48,7 +48,12 @@ class Zygote:
         with theirs:
             argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), str(PACKAGE_ROOT)]
             process = subprocess.Popen(
-                argv, env={}, cwd="/", stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                argv,
+                env={"LD_BIND_NOW": "1"},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
             )
         ours.settimeout(READY_TIMEOUT_S)
         try:
