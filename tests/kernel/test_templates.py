@@ -157,7 +157,8 @@ def test_a_warm_program_is_sealed_as_a_cold_one(box: Sandbox, state_root: Path) 
     script = (
         "grep -E '^(Cap|NoNewPrivs|Seccomp|Groups)' /proc/self/status; cat /proc/self/limits;"
         " cut -d' ' -f4-6,8- /proc/self/mountinfo | sed -E 's/[ug]id=[0-9]+//g' | sort;"
-        " read inside outside count < /proc/self/uid_map; echo $inside $count; cat /proc/self/cgroup; cat /proc/net/dev | wc -l; id"
+        " read inside outside count < /proc/self/uid_map; echo $inside $count;"
+        " cat /proc/self/cgroup; cat /proc/net/dev | wc -l; id"
     )
     warm = until_warm(lambda: box.run(["sh", "-c", script]))
     with Sandbox("shell", state=state_root, warm=False) as other:
