@@ -10,7 +10,6 @@ import ipaddress
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +25,11 @@ from sandbox.profiles import Resolved
 from sandbox.workspace.protected import is_protected
 
 PORTS = {"http": 80, "https": TLS_PORT}
+# Written for the jail, whatever the host's say.
+OWN_FILES = tuple(
+    f"/etc/{name}"
+    for name in ("passwd", "group", "hosts", "hostname", "nsswitch.conf", "resolv.conf", "shells", "machine-id")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,8 @@ class Judge:
             return Answer(question, True, "permitted: the call's own, and empty at first", ":tmp", "", (f"in {place}",))
         if tree := _longest(real, _shown()):
             return Answer(question, True, "permitted: part of what every jail sees", ":minimal", "", (f"in {tree}",))
+        if real in OWN_FILES:
+            return Answer(question, True, "permitted: inside it is a file of the jail's own, not this one", ":minimal")
         return Answer(question, False, "no grant names it: it does not exist inside")
 
     def write(self, path: str) -> Answer:
@@ -154,7 +160,7 @@ class Judge:
             return self._write_in_workspace(question, real)
         if granted and len(granted) >= len(read):
             return self._granted(question, "filesystem.write", granted)
-        if _longest(real, PRIVATE_PLACES):
+        if not read and _longest(real, PRIVATE_PLACES):
             return Answer(question, True, "permitted: the call's own, gone after it", ":tmp")
         if not fs.workspace and path_within(real, "/workspace"):
             if ":workspace" in fs.write:
@@ -187,8 +193,9 @@ class Judge:
         if not found:
             return Answer(question, False, "no program of that name is in the jail's PATH")
         visible = self.read(found)
-        if not visible.allowed:
-            return Answer(question, False, f"{found}: {visible.reason}", visible.rule, visible.origin)
+        if not visible.allowed or visible.rule == ":tmp":
+            reason = "it is not there at first" if visible.allowed else visible.reason
+            return Answer(question, False, f"{found}: {reason}", visible.rule, visible.origin)
         programs = self._manifest.process.allow_exec
         if programs is None:
             return Answer(question, True, "permitted: what is visible may be executed", visible.rule, visible.origin,
@@ -258,4 +265,4 @@ def _shown() -> list[str]:
     """What every jail shows of this host, read-only."""
     python = (real for real, _ in prepare.interpreter().paths)
     own = ("/proc", *(f"/dev/{name}" for name in DEVICE_NODES))
-    return [*SYSTEM_DIRECTORIES, *ETC_PATHS, *COPIED_FILES, *python, *own, str(Path("/etc/resolv.conf"))]
+    return [*SYSTEM_DIRECTORIES, *ETC_PATHS, *COPIED_FILES, *python, *own]

@@ -122,11 +122,11 @@ class Gateway:
                 os.close(fd)
         await tie.opened
 
-    async def close_call(self, tie: Tie) -> dict[str, Any]:
+    async def close_call(self, tie: Tie, *, drain: bool) -> dict[str, Any]:
         """End a call's flows and get its journal. Raises GatewayLost."""
         if tie.call_id not in self._ties:
             raise GatewayLost("the call was never opened on the gateway")
-        self._send({"op": "close", "call": tie.call_id}, [])
+        self._send({"op": "close", "call": tie.call_id, "drain": drain}, [])
         try:
             return await asyncio.wait_for(asyncio.shield(tie.closed), CLOSE_TIMEOUT_S)
         except TimeoutError:

@@ -45,15 +45,19 @@ _REASONS: Final = {
 }
 
 
+def sentence(reason: str, *, detail: str = "", rule: str = "", host: str = "") -> str:
+    """A reason of the journal's in words."""
+    more = f" ({detail})" if detail else ""
+    return _REASONS.get(reason, reason).format(more=more, detail=detail, rule=rule, host=host)
+
+
 def denial(attempt: Attempt, allowed: Sequence[str]) -> str:
     """One sentence or two for one distinct denial. Of a request, `allowed` are the rules of its host."""
     if attempt.transport == "http":
         return _request_denial(attempt, allowed)
     what = f"{attempt.host}:{attempt.port}" if attempt.transport != "dns" else attempt.host
     verb = {"dns": "looking up", "udp": "sending datagrams to"}.get(attempt.transport, "connecting to")
-    more = f" ({attempt.detail})" if attempt.detail else ""
-    words = {"more": more, "detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
-    reason = _REASONS.get(attempt.reason, attempt.reason).format(**words)
+    reason = sentence(attempt.reason, detail=attempt.detail, rule=attempt.rule, host=attempt.host)
     permitted = ", ".join(allowed[:_RULES_SHOWN_MAX]) + (", …" if len(allowed) > _RULES_SHOWN_MAX else "")
     return f"{verb} {what} is not permitted: {reason}. Permitted: {permitted or 'nothing'}. Retrying will not help."
 
@@ -62,8 +66,7 @@ def _request_denial(attempt: Attempt, allowed: Sequence[str]) -> str:
     usual = {"http": 80, "https": 443}[attempt.proto] == attempt.port
     host = f"[{attempt.host}]" if ":" in attempt.host else attempt.host
     url = f"{attempt.proto}://{host}{'' if usual else f':{attempt.port}'}{attempt.path[:200]}"
-    words = {"detail": attempt.detail, "rule": attempt.rule, "host": attempt.host}
-    reason = _REASONS.get(attempt.reason, attempt.reason).format(**words)
+    reason = sentence(attempt.reason, detail=attempt.detail, rule=attempt.rule, host=attempt.host)
     what = f"{attempt.method[:20]} {url}".strip()
     if attempt.decision == "allow":
         return f"{what} failed: {reason}."

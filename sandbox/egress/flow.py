@@ -129,6 +129,13 @@ class Flow:
         elif self._task is not None:
             self._task.cancel()
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether everything that the call has said is on its way."""
+        if self.pump is not None and self.pump.up.finished:
+            return True
+        return self._task is None or self._task.done()
+
     async def wait_closed(self) -> None:
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -177,6 +184,8 @@ class Flow:
             self.verdict = session.rules.judge_address(self.address, self.port, session.own_addresses())
         if not self.verdict.allowed:
             raise Refused(self.verdict.reason, self.verdict.detail)
+        if session.is_cut:
+            raise Refused("call_ended", is_denial=False)
         self.meters = (self.meter, session.meter, *session.admit(self))
 
     async def _judged_addresses(self) -> tuple[Address, ...]:
@@ -212,7 +221,8 @@ class Flow:
 
     async def _look_at_first_bytes(self) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError, TimeoutError):
+        # Cancelled when the call ends meanwhile: the attempt is still put on record.
+        with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
             async with asyncio.timeout(GUESS_S):
                 self.proto = guess(await loop.sock_recv(self.front, FIRST_BYTES))
 

@@ -123,7 +123,7 @@ class Gateway:
         elif message["op"] == "open":
             self._open(message["call"], dict(zip(message["fds"], fds, strict=True)))
         else:
-            task = self._loop.create_task(self._close(message["call"]))
+            task = self._loop.create_task(self._close(message["call"], drain=message["drain"]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -145,12 +145,12 @@ class Gateway:
         session.open(fds)
         self._tell({"ev": "opened", "call": call_id})
 
-    async def _close(self, call_id: str) -> None:
+    async def _close(self, call_id: str, *, drain: bool) -> None:
         """Answered in any case, with an empty journal for a call that was never opened."""
         session = self._sessions.pop(call_id, None)
         report: dict[str, Any] = {"items": [], "totals": {}, "denials": []}
         if session is not None:
-            await session.close()
+            await session.close(drain=drain)
             report = session.report()
         fd = wire.memfd("journal", json.dumps(report).encode())
         self._tell({"ev": "closed", "call": call_id}, [fd])

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 from sandbox._linux import netfilter
@@ -32,6 +33,8 @@ DNS_PORT: Final = 53
 HTTP: Final = "http"
 ACCEPTS_AT_ONCE: Final = 64
 LOOKUPS_AT_ONCE: Final = 8
+WAITING_MAX: Final = 4096
+DRAIN_S: Final = 0.5
 TICK_S: Final = 0.5
 DNS_IDLE_S: Final = 10.0
 _IP_PKTINFO: Final = 8
@@ -72,6 +75,8 @@ class Session:
         self._admitted: dict[Flow, tuple[Meter, ...]] = {}
         self._flows: set[Flow] = set()
         self._listeners: list[socket.socket] = []
+        self._readers: dict[socket.socket, Callable[[socket.socket], None]] = {}
+        self.is_cut = False
         self._dns_tasks: set[asyncio.Task[None]] = set()
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._told: set[str] = set()
@@ -88,14 +93,27 @@ class Session:
             sock.setblocking(False)
             self._listeners.append(sock)
             readers = {"dns": self._on_queries, "log": self._on_refused_datagrams}
-            self._loop.add_reader(sock, readers.get(name.split(":")[1], self._on_connects), sock)
+            self._readers[sock] = readers.get(name.split(":")[1], self._on_connects)
+            self._loop.add_reader(sock, self._readers[sock], sock)
         self._tick = self._loop.call_later(TICK_S, self._look_at_times)
 
-    async def close(self) -> None:
-        """End every flow, at once, and let go of the listeners. The journal is complete afterwards."""
+    async def close(self, *, drain: bool = False) -> None:
+        """Let go of the listeners and end every flow. The journal is complete afterwards.
+
+        `drain`: the call ended by itself, so what it has sent goes on for a moment, as a kernel would send it after
+        the end of a process. Otherwise nothing more passes.
+        """
         if self._tick is not None:
             self._tick.cancel()
+        self.is_cut = not drain
+        self._take_what_waits()
         self._close_listeners()
+        # A task that is cancelled before its first turn would do nothing at all, not even its line in the journal.
+        await asyncio.sleep(0)
+        deadline = time.monotonic() + DRAIN_S
+        while drain and time.monotonic() < deadline and not all(flow.is_sent for flow in self._flows):
+            await asyncio.sleep(0.002)
+        self.is_cut = True
         for task in self._dns_tasks:
             task.cancel()
         flows = list(self._flows)
@@ -103,6 +121,16 @@ class Session:
             flow.cut("call_ended")
         for flow in flows:
             await flow.wait_closed()
+
+    def _take_what_waits(self) -> None:
+        """Connections, queries and datagrams that nobody has looked at yet: the jail is dead, no more can come."""
+        for sock in self._listeners:
+            poller = select.poll()
+            poller.register(sock, select.POLLIN)
+            for _ in range(WAITING_MAX // ACCEPTS_AT_ONCE):
+                if not poller.poll(0):
+                    break
+                self._readers[sock](sock)
 
     def report(self) -> dict[str, Any]:
         """The journal, as the supervisor wants it."""

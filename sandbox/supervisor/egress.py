@@ -93,11 +93,14 @@ class CallEgress:
         if self._policy["on_breach"] == "kill":
             self._stop(BREACH)
 
-    async def finish(self) -> dict[str, Any] | None:
-        """The journal (`items`, `totals`, `denials`) when nothing of the call runs any more; None when it is lost."""
+    async def finish(self, *, drain: bool) -> dict[str, Any] | None:
+        """End its flows when nothing of the call runs any more; the journal, or None when it is lost.
+
+        `drain` lets go on for a moment what was sent before the call ended by itself.
+        """
         if self._opening is None:
             return {"items": [], "totals": {}, "denials": []}
         with contextlib.suppress(GatewayLost):
             await self._opening
-            return await self._gateway.close_call(self._tie)
+            return await self._gateway.close_call(self._tie, drain=drain)
         return None

@@ -54,7 +54,7 @@ async def gather(
         output["truncated"] = bool(output.get("truncated")) or pump.truncated
         gathered.sections[key] = bytes(pump.kept)
     stats: dict[str, Any] = dict(call.final_stats or call.stats())
-    journal = await call.egress.finish() if call.egress is not None else None
+    journal = await call.egress.finish(drain=not call.stopped) if call.egress is not None else None
     if journal is not None:
         stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
     gpu = await call.gpu.finish() if call.gpu is not None else {}

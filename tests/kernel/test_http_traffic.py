@@ -69,7 +69,8 @@ import socket, ssl, time
 sock = socket.create_connection(("www.example.test", 443 if {0!r} == "inspected" else 80), timeout=20)
 if {0!r} == "inspected":
     sock = ssl.create_default_context().wrap_socket(sock, server_hostname="www.example.test")
-sock.sendall(b"GET /bytes/200000000 HTTP/1.1\\r\\nHost: www.example.test\\r\\n\\r\\n")
+sock.sendall(b"GET /bytes/100000000 HTTP/1.1\\r\\nHost: www.example.test\\r\\n\\r\\n")
+sock.recv(1)
 time.sleep(1.5)
 """
 EARLY = """
