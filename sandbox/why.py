@@ -141,6 +141,8 @@ class Judge:
         if fs.workspace and path_within(real, fs.workspace):
             return self._workspace(question, f"the workspace, {fs.workspace_mode}")
         if place := _longest(real, (*PRIVATE_PLACES, *(() if fs.workspace else ("/workspace",)))):
+            if os.path.lexists(real):
+                return Answer(question, False, f"what the host has in {place} is not seen inside", ":tmp")
             return Answer(question, True, "permitted: the call's own, and empty at first", ":tmp", "", (f"in {place}",))
         if tree := _longest(real, _shown()):
             return Answer(question, True, "permitted: part of what every jail sees", ":minimal", "", (f"in {tree}",))

@@ -122,7 +122,10 @@ def test_files(judge: Judge, profile: Path) -> None:
     assert "reading only" in judge.write(f"{here}/data/x").reason
     denied = judge.read(f"{here}/data/.env")
     assert (denied.allowed, denied.rule, denied.origin) == (False, "**/.env", f"{profile}:6 filesystem.deny")
+    assert judge.read(f"{here}/elsewhere").rule == ":tmp"  # the test's files are in /tmp, which is the call's own
+    (here / "elsewhere").write_text("the host's")
     assert not judge.read(f"{here}/elsewhere").allowed
+    assert not judge.read("/var/lib/dpkg/status").allowed
     assert judge.read("/usr/bin/env").allowed
     assert not judge.write("/usr/bin/env").allowed
     assert judge.write("/tmp/x").allowed
