@@ -83,7 +83,11 @@ class Pump:
             return
         self._forget()
         reset(self._front)
-        reset(self._back)
+        if self.up.finished:
+            # All that was sent, and its end, are with the kernel: a reset would take back what is not yet delivered.
+            self._back.close()
+        else:
+            reset(self._back)
         self.done.set_result((reason, detail))
 
     def _forget(self) -> None:

@@ -113,6 +113,9 @@ SCENES = {
         do("flood", host="www.example.test", port=81, count=3000), do("flood", host="10.0.0.1", port=22, count=500),
         to("http", send="GET /after HTTP/1.1\r\n\r\n", once=True),
     ]),
+    "said and gone": Scene(ALL, [do("leave", host="www.example.test", port=9, size=500_000)]),
+    "tried and gone": Scene(["www.example.test:80"], [do("leave", host="www.example.test", port=25, count=300)]),
+    "named and gone": Scene(ALL, [do("leave", host="www.example.test", port=7, count=300)]),
     "half-open hellos": Scene(["www.example.test:443"], [
         do("flood", host="www.example.test", port=443, count=300, hold=True, send="\x16\x03\x01"),
     ], {"connections_at_once": 100}),
@@ -289,6 +292,20 @@ def test_a_flood_is_refused_counted_and_harms_nobody(seen: dict[str, Seen]) -> N
     assert after["ok"]
     assert sum(item.get("count", 1) for item in scene.attempts(decision="deny", transport="tcp")) >= 3500
     assert len(scene.network or []) <= 410
+
+
+def test_what_was_said_before_the_end_still_arrives(seen: dict[str, Seen]) -> None:
+    scene = seen["said and gone"]
+    assert scene.ending["kind"] == "ok"
+    assert scene.one(transport="tcp")["bytes_out"] == 500_000
+
+
+def test_what_was_tried_right_before_the_end_is_on_record(seen: dict[str, Seen]) -> None:
+    """Also what nobody had looked at yet: it waited in the backlog when the call ended."""
+    for name, decision in (("tried and gone", "deny"), ("named and gone", "allow")):
+        attempts = seen[name].attempts(transport="tcp")
+        assert {item["decision"] for item in attempts} == {decision}
+        assert sum(item.get("count", 1) for item in attempts) == 300
 
 
 def test_half_open_hellos_are_bounded(seen: dict[str, Seen]) -> None:
