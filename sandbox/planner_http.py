@@ -12,6 +12,7 @@ from sandbox.plan import Step
 
 AUTHORITY_FILE: Final = "/run/sandbox/tls/authority.pem"
 BUNDLE_FILE: Final = "/run/sandbox/tls/authorities.pem"
+JAVA_FILE: Final = "/run/sandbox/tls/authorities.jks"
 # Variables by which programs and libraries are told of a file of authorities in place of their own.
 _BUNDLE_VARIABLES: Final = (
     "SSL_CERT_FILE",  # OpenSSL, Go, Ruby, Rust's native roots
@@ -42,8 +43,9 @@ def steps(manifest: Manifest) -> tuple[Step, ...]:
     """The step that makes the jail trust the gateway; the supervisor puts the certificate in."""
     if not inspects(manifest):
         return ()
-    args = {"authority": "", "authority_file": AUTHORITY_FILE, "bundle_file": BUNDLE_FILE, "covers": list(roots.FILES)}
-    return (Step("trust", "view", args),)
+    files = {"authority_file": AUTHORITY_FILE, "bundle_file": BUNDLE_FILE, "java_file": JAVA_FILE}
+    covers = {"covers": list(roots.FILES), "java_covers": list(roots.JAVA_FILES)}
+    return (Step("trust", "view", {"authority": "", **files, **covers}),)
 
 
 def environment(manifest: Manifest) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from sandbox._jail import inside
+from sandbox._jail import inside, keystore
 from sandbox._linux import mounts
 
 TYPE_CHECKING = False
@@ -21,16 +21,25 @@ FILE_MAX_BYTES = 4 << 20
 
 
 def trust(launch: Launch, args: dict[str, Any]) -> None:
-    """Write both files, and cover each file of the system's in `covers` that is there with the longer one."""
+    """Write the files, and cover each of the system's in `covers` that is there with the longer one.
+
+    Java keeps its own, in another form, in `java_covers`.
+    """
     _write(launch, args["authority_file"], args["authority"].encode())
     system = next((path for path in args["covers"] if os.path.isfile(path)), None)
     roots = b""
     if system is not None:
         with open(system, "rb") as file:
             roots = file.read(FILE_MAX_BYTES)
-    _write(launch, args["bundle_file"], roots.rstrip() + b"\n" + args["authority"].encode())
+    roots = roots.rstrip() + b"\n"
+    _write(launch, args["bundle_file"], roots + args["authority"].encode())
     for path in args["covers"]:
         _cover(launch, path, args["bundle_file"])
+    java = [path for path in args["java_covers"] if os.path.isfile(path)]
+    if java:
+        _write(launch, args["java_file"], keystore.from_pem(roots + args["authority"].encode()))
+    for path in java:
+        _cover(launch, path, args["java_file"])
 
 
 def _write(launch: Launch, jail_path: str, data: bytes) -> None:

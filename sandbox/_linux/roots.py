@@ -15,6 +15,12 @@ FILES = (
     "/etc/ssl/ca-bundle.pem",
     "/etc/ssl/cert.pem",
 )
+# The same in Java's own form.
+JAVA_FILES = (
+    "/etc/ssl/certs/java/cacerts",
+    "/etc/pki/ca-trust/extracted/java/cacerts",
+    "/etc/pki/java/cacerts",
+)
 
 
 def system_file() -> str | None:
