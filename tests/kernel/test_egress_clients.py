@@ -189,7 +189,10 @@ def test_python_clients_fetch(client: str) -> None:
 
 
 def _importable(name: str) -> bool:
-    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
+    """As in a jail, which has the interpreter's own packages and none that a variable points to."""
+    return (
+        subprocess.run([sys.executable, "-I", "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
+    )
 
 
 @pytest.mark.needs("node")
