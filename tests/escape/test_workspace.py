@@ -210,13 +210,13 @@ def test_a_workspace_that_cannot_be_swept_does_not_end_well(tmp_path: Path, empt
         assert box.run(["true"]).ok
 
 
-def test_a_socket_made_by_the_tool_serves_nobody_outside(jail: Jail, empty: Path) -> None:
+def test_a_socket_made_by_the_tool_serves_nobody_outside(jail: Jail, short_path: Path) -> None:
     """While the call runs its socket can be met in the workspace; afterwards nothing listens and nothing is left."""
     script = (
         "import socket, time\ns = socket.socket(socket.AF_UNIX)\ns.bind('meet')\ns.listen()\n"
         "print('ready', flush=True)\ntime.sleep(0.5)"
     )
-    outcome = jail.run(["python3", "-S", "-c", script], **rw(empty))
+    outcome = jail.run(["python3", "-S", "-c", script], **rw(short_path))
     assert outcome.ok
     with socket.socket(socket.AF_UNIX) as client, pytest.raises(FileNotFoundError):
-        client.connect(str(empty / "meet"))
+        client.connect(str(short_path / "meet"))
