@@ -84,7 +84,7 @@ print(found, os.environ["TOKEN"])
 TRUST = (
     "env | grep -cE '^(SSL_CERT_FILE|CURL_CA_BUNDLE|REQUESTS_CA_BUNDLE|PIP_CERT|GIT_SSL_CAINFO|NODE_EXTRA_CA_CERTS)=';"
     "grep -c BEGIN /run/sandbox/tls/authorities.pem /etc/ssl/certs/ca-certificates.crt /run/sandbox/tls/authority.pem;"
-    "sha256sum /run/sandbox/tls/* /etc/ssl/certs/ca-certificates.crt | cut -c1-64;"
+    "cd /run/sandbox/tls; sha256sum authorities.pem authority.pem /etc/ssl/certs/ca-certificates.crt | cut -c1-64;"
     "(echo x >> /run/sandbox/tls/authorities.pem) 2>&1; (echo x >> /etc/ssl/certs/ca-certificates.crt) 2>&1;"
     "grep -rl 'PRIVATE KEY' /run /etc/ssl 2>/dev/null; echo end"
 )
