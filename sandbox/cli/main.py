@@ -23,6 +23,7 @@ COMMANDS = {
     "changes": "changes",
     "gpu": "gpu",
     "why": "why",
+    "bench": "bench",
 }
 # Their exit status is a tool's: what we refuse has to be told apart from whatever a tool can say.
 RUNNING = ("run", "shell")

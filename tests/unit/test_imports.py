@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "sandbox"
 # From the top down. A part may import from its own layer (without a circle) and from those below. Behind a part stand
 # the files that it was split into for length: a file `profile_NAME.py` is part of `profiles` and has its place.
 LAYERS = (
-    ("cli", "tool", "integrations", "fleet", "testing"),
+    ("cli", "tool", "integrations", "fleet", "testing", "bench"),
     ("runtime", "link", "prepare", "why"),
     ("supervisor",),
     ("profiles", "planner", "launchers", "egress", "workspace", "gpu", "quotas", "monitor", "audit"),
