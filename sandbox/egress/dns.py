@@ -39,7 +39,7 @@ class Query(NamedTuple):
     @property
     def name(self) -> str:
         """As text for rules and records: bytes that no host name has stay visible as escapes."""
-        return ".".join(label.decode("ascii", "backslashreplace") for label in self.labels)
+        return ".".join("".join(map(_shown, label)) for label in self.labels)
 
 
 class BadQuery(Exception):
@@ -48,6 +48,11 @@ class BadQuery(Exception):
     def __init__(self, reason: str, reply: bytes = b"") -> None:
         super().__init__(reason)
         self.reply = reply
+
+
+def _shown(byte: int) -> str:
+    """A byte of a label. A dot within one is no separator, and a control character no command to a terminal."""
+    return chr(byte) if 0x21 <= byte <= 0x7E and byte not in b".\\" else f"\\x{byte:02x}"
 
 
 def parse_query(data: bytes) -> Query:

@@ -8,6 +8,7 @@ from typing import Final
 from sandbox.egress.journal import Attempt
 
 SHOWN_MAX: Final = 20
+LINE_MAX: Final = 2000
 _RULES_SHOWN_MAX: Final = 12
 
 _REASONS: Final = {
@@ -74,6 +75,13 @@ def _request_denial(attempt: Attempt, allowed: Sequence[str]) -> str:
     return f"{what} is not permitted: {reason}. Rules: {shown}. Retrying will not help."
 
 
+def _shown(line: str) -> str:
+    """Names and paths are the call's own words: nothing in them may command a terminal or hide itself."""
+    if line.isprintable():
+        return line[:LINE_MAX]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:LINE_MAX])
+
+
 def denials(
     attempts: Iterable[Attempt], allowed: Sequence[str], rules_of: Callable[[str], Sequence[str]] = lambda _host: ()
 ) -> list[str]:
@@ -81,6 +89,6 @@ def denials(
     found = (
         denial(attempt, rules_of(attempt.host) if attempt.transport == "http" else allowed) for attempt in attempts
     )
-    lines = list(dict.fromkeys(found))
+    lines = list(dict.fromkeys(map(_shown, found)))
     rest = len(lines) - SHOWN_MAX
     return [*lines[:SHOWN_MAX], *([f"and {rest} more denials, see the record"] if rest > 0 else [])]

@@ -201,6 +201,15 @@ def test_what_is_no_plain_query_is_not_looked_at(message: bytes, code: int | Non
         assert code_of(caught.value.reply) == code
 
 
+@pytest.mark.parametrize("label", [b"a.example", b"a\x1b[2J", b"a\nb", b"a\\b", b"\xff", b" "])
+def test_a_label_that_no_host_has_is_no_name_and_shows_as_what_it_is(label: bytes) -> None:
+    message = struct.pack(">HHHHHH", 1, 0x100, 1, 0, 0, 0) + bytes((len(label),)) + label + b"\3org\0\0\1\0\1"
+    parsed = dns.parse_query(message)
+    assert parsed.name.isprintable()
+    answered = table("a.example.org:443", "**.example.org:443").answer(parsed, 0.0)
+    assert code_of(answered.reply) == NXDOMAIN
+
+
 def test_words_are_told_from_encoded_data() -> None:
     words = ["production-database", "static-assets-eu-central-1", "documentation-preview-412"]
     assert all(entropy_bits(word) <= 4.1 for word in words)

@@ -245,6 +245,13 @@ def test_each_reason_has_its_words(reason: str, detail: str, said: str) -> None:
     assert said in denial(attempt(decision="deny", reason=reason, detail=detail), [])
 
 
+@pytest.mark.parametrize("word", ["\x1b[2J", "a\nsandbox: all is well", "\u202egnp.exe", "\x07", "x" * 100_000])
+def test_nothing_in_a_denial_commands_a_terminal(word: str) -> None:
+    (line,) = denials([attempt(decision="deny", host=word, sni=word, detail=word, reason="sni_mismatch")], [])
+    assert line.isprintable()
+    assert len(line) < 4000
+
+
 def test_the_same_denial_is_said_once_and_many_are_counted() -> None:
     many = [attempt(decision="deny", host=f"h{n % 50}.example", reason="not_named") for n in range(500)]
     lines = denials(many, [])
