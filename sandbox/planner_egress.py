@@ -36,7 +36,8 @@ def refusal(manifest: Manifest, facts: HostFacts) -> str:
     """Why this host cannot give the call this network; empty when it can."""
     if not is_on(manifest) or facts.tproxy.ok or len(_ports(manifest)) <= PORTS_MAX:
         return ""
-    return f"{facts.tproxy.reason}; without it at most {PORTS_MAX} ports can be named, and no ranges"
+    wanted = "sudo modprobe nft_tproxy on the host may bring it"
+    return f"{facts.tproxy.reason}; without it at most {PORTS_MAX} ports can be named, and no ranges ({wanted})"
 
 
 def steps(manifest: Manifest, facts: HostFacts) -> tuple[Step, ...]:
