@@ -136,7 +136,14 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field(_GPU, "duty_time", "time", "limit", "duty_time_s", help="For how long without a break until it is reported."),
     Field(_ENV, "allow", "words", "grants", alias="env_allow", help="Variables passed on from the caller."),
     Field(_ENV, "set", "table", "grants", alias="env_set", help="Variables with a given value."),
-    Field(_SEC, "entries", "table", "grants", help="Values that the gateway sets as a header for one host."),
+    Field(
+        _SEC,
+        "entries",
+        "table",
+        "grants",
+        alias="secrets",
+        help="Values that the gateway sets as a header for one host.",
+    ),
     Field(
         _PROC,
         "allow_exec",
