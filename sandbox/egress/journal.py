@@ -46,6 +46,7 @@ class Journal:
     def __init__(self) -> None:
         self._singles: list[Attempt] = []
         self._groups: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._single_requests = 0
         self.totals = {"attempts": 0, "denied": 0, "lookups": 0, "lookups_denied": 0, "bytes_out": 0, "bytes_in": 0}
         self.denials: dict[tuple[object, ...], Attempt] = {}
 
@@ -60,7 +61,9 @@ class Journal:
         if not is_request:
             self.totals["bytes_out"] += attempt.bytes_out
             self.totals["bytes_in"] += attempt.bytes_in
-        if is_lookup or len(self._singles) >= SINGLE_MAX:
+        # Requests may be many to one connection, and must not take the room of connections.
+        self._single_requests += is_request
+        if is_lookup or len(self._singles) >= SINGLE_MAX or (is_request and self._single_requests > SINGLE_MAX // 2):
             self._sum_up(attempt)
         else:
             self._singles.append(attempt)
@@ -78,10 +81,10 @@ class Journal:
             self.denials[key] = attempt
 
     def _sum_up(self, attempt: Attempt) -> None:
-        fields = ("transport", "proto", "host", "port", "decision", "rule", "reason")
+        fields = ("transport", "proto", "host", "port", "decision", "rule", "reason", "method")
         key = tuple(str(getattr(attempt, name)) for name in fields)
         if key not in self._groups and len(self._groups) >= GROUPS_MAX:
-            key = (attempt.transport, "", "", "", attempt.decision, "", "")
+            key = (attempt.transport, "", "", "", attempt.decision, "", "", "")
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _as_item(attempt) if key[2] else _others(attempt)
@@ -89,6 +92,8 @@ class Journal:
             return
         group["count"] += 1
         group["t_last"] = attempt.t
+        if attempt.transport == "http":
+            group["path"], group["status"] = "", 0
         for name in ("bytes_out", "bytes_in", "duration_s"):
             group[name] = round(group[name] + getattr(attempt, name), 6)
 
