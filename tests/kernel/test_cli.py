@@ -258,7 +258,8 @@ def test_an_interrupt_before_the_tool_runs_ends_everything_quietly(cli: Cli) -> 
         _, err = process.communicate(timeout=30)
         # Before Python has set its own handler the signal's default ends it.
         assert process.returncode in (130, -signal.SIGINT)
-        assert b"Traceback" not in err or delay == 0.05
+        # Before our first line runs, the interrupt is the interpreter's, and on a busy machine that may take a while.
+        assert b"Traceback" not in err or b"importlib._bootstrap" in err
 
 
 # -- terminals ------------------------------------------------------------------------------------------------------
