@@ -50,6 +50,11 @@ class HostRule(NamedTuple):
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
 
     @property
+    def is_tls(self) -> bool:
+        """Whether nothing but TLS passes at any of its ports."""
+        return self.protocol == "tls" or (not self.protocol and self.low == self.high == TLS_PORT)
+
+    @property
     def network(self) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         """The addresses of a rule of kind `net`."""
         return ipaddress.ip_network(self.host)

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from sandbox.destinations import parse_host, pattern_within
 from sandbox.errors import ManifestError, ProfileError
 from sandbox.grants import denied_by
+from sandbox.http_rules import HttpRules
 from sandbox.manifest import SECTIONS, Contradiction, Manifest, explain
 from sandbox.profile_fields import BY_KEY, BY_MANIFEST_KEY, FIELDS, Field, entry_key, table_of
 from sandbox.units import format_rate, format_size, format_time
@@ -182,8 +184,23 @@ def normalise(layer: Layer) -> tuple[Layer, tuple[str, ...]]:
     for item in layer.items("filesystem.read"):
         if pattern := denied_by(item.value, layer.values("filesystem.deny")):
             notes.append(f"filesystem.read: {item.value!r} ({item.origin}) is denied by {pattern!r}")
+    notes += _idle_rules(layer)
     allowed = (i for i in layer.items("filesystem.read") if not denied_by(i.value, layer.values("filesystem.deny")))
     return layer.with_list("filesystem.read", allowed), tuple(notes)
+
+
+def _idle_rules(layer: Layer) -> Iterable[str]:
+    """HTTP rules that change nothing, or leave nothing: what their author hardly meant."""
+    rules = HttpRules(layer.values("network.http"))
+    reached = [parse_host(text) for text in layer.values("network.allow")]
+    for host, group in rules.groups.items():
+        first = str((*group.allow, *group.deny)[0])
+        where = f"network.http: {first!r} ({find_origin(layer, 'network.http', first)})"
+        named = [rule for rule in reached if pattern_within(host, rule) or pattern_within(rule, host)]
+        if not named:
+            yield f"{where} is for a host that network.allow does not name"
+        elif not group.inspects and all(rule.is_tls for rule in named):
+            yield f"{where} permits nothing: connections to it are TLS, which takes a rule with inspect = true"
 
 
 def _settle_workspace(layer: Layer) -> Layer:

@@ -239,11 +239,12 @@ def _changes(first: Resolved, second: Resolved) -> list[dict[str, Any]]:
 
     a, b = (to_file_form(result.manifest, defaults=True) for result in (first, second))
     changes = []
-    for section in a:
-        if not isinstance(a[section], dict):
+    for section in dict.fromkeys((*a, *b)):
+        one, other = a.get(section, {}), b.get(section, {})
+        if not isinstance(one, dict) or not isinstance(other, dict):
             continue
-        for name in {**a[section], **b[section]}:
-            before, after = a[section].get(name), b[section].get(name)
+        for name in {**one, **other}:
+            before, after = one.get(name), other.get(name)
             if before != after:
                 changes.append({"key": f"{section}.{name}", "one": before, "other": after})
     return changes

@@ -149,12 +149,23 @@ class Tls:
         """Empty at the end, also where the other side has left without saying so: HTTP knows its own ends."""
         while True:
             try:
-                return self._ssl.read(CHUNK_BYTES)
+                return self._read_all()
             except ssl.SSLWantReadError:
                 await self._flush()
                 await self._more()
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return b""
+
+    def _read_all(self) -> bytes:
+        """All records that are here, up to a chunk: one at a time they would be passed on in pieces of 16 KiB."""
+        parts = [self._ssl.read(CHUNK_BYTES)]
+        room = CHUNK_BYTES - len(parts[0])
+        # Whatever ends it, the next read says so again.
+        with contextlib.suppress(ssl.SSLError):
+            while room > 0 and parts[-1]:
+                parts.append(self._ssl.read(room))
+                room -= len(parts[-1])
+        return b"".join(parts)
 
     async def send(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)

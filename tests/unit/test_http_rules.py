@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sandbox.http_paths import Pattern, parse_pattern, readings
 from sandbox.http_rules import HttpRules, beyond, canonical_http, meet_http, parse_http, text_of
+from sandbox.profiles import resolve
 
 HOST = "x.example.org"
 
@@ -244,3 +245,19 @@ def test_what_does_not_go_beyond_permits_no_more(inner: list[str], outer: list[s
 
 def test_rules_are_parsed_once() -> None:
     assert parse_http(f"GET {HOST}") is parse_http(f"GET {HOST}")
+
+
+@pytest.mark.parametrize(
+    ("allow", "rule", "says"),
+    [
+        (["x.org:443"], "GET x.org inspect", ""),
+        (["x.org:80"], "GET x.org", ""),
+        (["*.x.org:80-90"], "GET a.x.org", ""),
+        (["x.org:443"], "GET x.org", "takes a rule with inspect = true"),
+        (["x.org:8443/tls"], "deny GET x.org", "takes a rule with inspect = true"),
+        (["x.org:443"], "GET y.org inspect", "network.allow does not name"),
+    ],
+)
+def test_a_rule_that_does_nothing_is_noted(allow: list[str], rule: str, says: str) -> None:
+    notes = resolve({"network": {"allow": allow, "http": [rule]}}).notes
+    assert [says in note for note in notes] == ([True] if says else [])
