@@ -88,13 +88,65 @@ def test_framing_cannot_be_taken_away_by_naming_it_in_connection() -> None:
 
 
 METHODS = ["GET", "POST", "DELETE", "CONNECT", "TRACE", "get", "PRI"]
-TARGETS = ["/ok/x", "/ok/", "/no", "/ok/../no", "/ok/%2e%2e/no", f"https://{HOST}/ok/x", "https://evil.test/ok/x", "*",
-           f"http://{HOST}/ok/x", "evil.test:443", "/ok/x?a#b", "//evil.test/ok/x", "/ok/x?x=HTTP/1.1"]  # fmt: skip
-NAMES = ["Host", "Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "X-Api-Key", "X_Api_Key", "Expect", "TE",
-         "Trailer", "X", "Keep-Alive", "Proxy-Connection", "X-HTTP-Method-Override", "X-Original-URL", "Cookie",
-         "Content-Length ", " X", "Http2-Settings"]  # fmt: skip
-VALUES = [HOST, "evil.test", f"{HOST}:443", "5", "-1", "0, 0", "chunked", "identity", "gzip, chunked", "close",
-          "upgrade", "host, x-api-key", "websocket", "h2c", "100-continue", "", "DELETE", "/no", "a\tb", "x\x01y", "é"]  # fmt: skip
+TARGETS = [
+    "/ok/x",
+    "/ok/",
+    "/no",
+    "/ok/../no",
+    "/ok/%2e%2e/no",
+    f"https://{HOST}/ok/x",
+    "https://evil.test/ok/x",
+    "*",
+    f"http://{HOST}/ok/x",
+    "evil.test:443",
+    "/ok/x?a#b",
+    "//evil.test/ok/x",
+    "/ok/x?x=HTTP/1.1",
+]
+NAMES = [
+    "Host",
+    "Content-Length",
+    "Transfer-Encoding",
+    "Connection",
+    "Upgrade",
+    "X-Api-Key",
+    "X_Api_Key",
+    "Expect",
+    "TE",
+    "Trailer",
+    "X",
+    "Keep-Alive",
+    "Proxy-Connection",
+    "X-HTTP-Method-Override",
+    "X-Original-URL",
+    "Cookie",
+    "Content-Length ",
+    " X",
+    "Http2-Settings",
+]
+VALUES = [
+    HOST,
+    "evil.test",
+    f"{HOST}:443",
+    "5",
+    "-1",
+    "0, 0",
+    "chunked",
+    "identity",
+    "gzip, chunked",
+    "close",
+    "upgrade",
+    "host, x-api-key",
+    "websocket",
+    "h2c",
+    "100-continue",
+    "",
+    "DELETE",
+    "/no",
+    "a\tb",
+    "x\x01y",
+    "é",
+]
 ENDS = st.sampled_from(["\r\n", "\r\n", "\r\n", "\r\n", "\n", "\r\n ", "\r"])
 fields = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES), ENDS), max_size=6)
 
