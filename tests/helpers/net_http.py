@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,16 +208,16 @@ def play_http(
                 requests.clear()
                 settings = {"extra_roots": [roots], "allow_hosts": scene.allow, "http": scene.http, **scene.box}
                 with Sandbox("python", wall_time="60s", **settings) as box:
-                    told[name] = _tell(box, scene, requests)
+                    told[name] = _tell(box, scene, outside, requests)
         return told
 
     return {name: SeenHttp(data) for name, data in run_in_world(body, hosts).items()}
 
 
-def _tell(box: Any, scene: HttpScene, requests: list[Any]) -> dict[str, Any]:
+def _tell(box: Any, scene: HttpScene, outside: Outside, requests: list[Any]) -> dict[str, Any]:
     argv = list(scene.argv) or ["python3", "-c", PROBE, json.dumps([dict(action) for action in scene.probe])]
     outcome = box.run(argv, **scene.settings)
-    time.sleep(0.02)
+    outside.wait_handled()
     record = outcome.record.to_json()
     return {
         "results": json.loads(outcome.stdout) if not scene.argv and outcome.stdout else [],

@@ -29,7 +29,7 @@ def code(error):
     return name(error.errno)
 
 
-def read_all(sock, limit=1 << 30):
+def read_all(sock, limit=1 << 40):
     chunks, total, digest = [], 0, hashlib.sha256()
     while total < limit:
         data = sock.recv(1 << 18)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,13 +80,11 @@ def play(
 
 
 def _tell(box: Any, scene: Scene, outside: Outside) -> dict[str, Any]:
-    outside.reached.clear()
     outcome = box.run(
         ["python3", "-c", PROBE, json.dumps(list(scene.actions))],
         allow_hosts=list(scene.allow),
         **scene.settings,
     )
-    time.sleep(0.02)
     record = outcome.record.to_json()
     return {
         "results": json.loads(outcome.stdout) if outcome.stdout else [],
@@ -97,5 +94,5 @@ def _tell(box: Any, scene: Scene, outside: Outside) -> dict[str, Any]:
         "network": record["network"],
         "usage": record["usage"],
         "notes": list(record["isolation"]["notes"]),
-        "reached": [[label, data.decode("latin-1")] for label, data in outside.reached],
+        "reached": [[item.label, item.first.decode("latin-1")] for item in outside.take_reached()],
     }

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,27 @@ _IPV6_FREEBIND = 78
 Handler = Callable[[socket.socket, "Outside"], None]
 
 
+@dataclass
+class Arrival:
+    """One connection that came to the server `label`, and what it said first."""
+
+    label: str
+    first: bytes = b""
+
+    def note(self, data: bytes) -> None:
+        self.first = self.first or data[:64]
+
+
 class Outside:
-    """The stand-in servers of one world. `reached` lists (server, first bytes) of every connection that came."""
+    """The stand-in servers of one world. `reached`: every connection that came since they were last taken."""
 
     def __init__(self) -> None:
-        self.reached: list[tuple[str, bytes]] = []
+        self.reached: list[Arrival] = []
         self.queries: list[str] = []
         self._open: list[socket.socket] = []
+        self._marks: dict[Any, threading.Event] = {}
+        self._handled = threading.Condition()
+        self._handling = 0
 
     def serve(self, label: str, address: str, port: int, handler: Handler) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -41,29 +56,63 @@ class Outside:
         def accept() -> None:
             while True:
                 try:
-                    conn, _ = server.accept()
+                    conn, peer = server.accept()
                 except OSError:
                     return
-                threading.Thread(target=self._handle, args=(label, conn, handler), daemon=True).start()
+                mark = self._marks.pop(peer, None)
+                if mark is not None:
+                    conn.close()
+                    mark.set()
+                    continue
+                # Counted here and not by the connection's thread, which may run when the scene is over.
+                arrival = Arrival(label)
+                self.reached.append(arrival)
+                with self._handled:
+                    self._handling += 1
+                threading.Thread(target=self._handle, args=(arrival, conn, handler), daemon=True).start()
 
         threading.Thread(target=accept, daemon=True).start()
 
-    def _handle(self, label: str, conn: socket.socket, handler: Handler) -> None:
-        with conn:
-            entry = len(self.reached)
-            self.reached.append((label, b""))
-            try:
-                handler(_Noting(conn, lambda data: self._note(entry, label, data)), self)  # type: ignore[arg-type]
-            except OSError:
-                return
+    def _handle(self, arrival: Arrival, conn: socket.socket, handler: Handler) -> None:
+        try:
+            with conn:
+                handler(_Noting(conn, arrival.note), self)  # type: ignore[arg-type]
+        except OSError:
+            return
+        finally:
+            with self._handled:
+                self._handling -= 1
+                self._handled.notify_all()
 
-    def _note(self, entry: int, label: str, data: bytes) -> None:
-        # A new scene has begun meanwhile when the entry is gone.
-        if entry < len(self.reached) and not self.reached[entry][1]:
-            self.reached[entry] = (label, data[:64])
+    def settle(self) -> None:
+        """Return when every connection that was made before is in `reached`.
+
+        A server takes its connections in the order in which they were made. So one of ours, last in each line, is taken
+        when there are none left before it.
+        """
+        for server in self._open:
+            if server.type != socket.SOCK_STREAM:
+                continue
+            with socket.socket(server.family, socket.SOCK_STREAM) as last:
+                last.bind(("::1" if server.family == socket.AF_INET6 else "127.0.0.1", 0))
+                taken = self._marks[last.getsockname()] = threading.Event()
+                last.connect(server.getsockname())
+                assert taken.wait(30), f"the stand-in at {server.getsockname()} takes no connections"
+
+    def wait_handled(self) -> None:
+        """Return when every server is done with all its connections: soon after their other sides have gone."""
+        self.settle()
+        with self._handled:
+            assert self._handled.wait_for(lambda: self._handling == 0, 30), "a connection outlives its call"
+
+    def take_reached(self) -> list[Arrival]:
+        """What has arrived since the last time. Nothing that was connected before now shows up in a later one."""
+        self.settle()
+        found, self.reached = self.reached, []
+        return found
 
     def count(self, label: str) -> int:
-        return sum(1 for name, _ in self.reached if name == label)
+        return sum(1 for arrival in list(self.reached) if arrival.label == label)
 
     def serve_names(self, address: str, answers: Callable[[str, int], list[str]]) -> None:
         """A resolver: `answers(name, how many times it was asked before)` gives addresses of either family."""
