@@ -59,6 +59,7 @@ ENTRIES_MAX: Final = 1000
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _DEVICE = re.compile(r"[0-9]{1,3}(:[0-9]{1,3})?|(GPU|MIG)-[A-Za-z0-9/-]{1,80}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,254}(@sha256:[0-9a-f]{64})?", re.ASCII)
 # The jail mounts its own of these; a host tree in their place would undo the walls (or the mount order would).
 _JAIL_OWNS: Final = ("/proc", "/sys", "/dev")
 _JAIL_OWNS_ITSELF: Final = ("/", "/tmp", "/var/tmp", "/run")  # noqa: S108 - names of paths, nothing is written
@@ -94,6 +95,12 @@ def _device(name: str) -> str:
 def _name(name: str) -> str:
     if name and not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a name; allowed: letters, digits, '.', '_', '-', at most 64")
+    return name
+
+
+def _image(name: str) -> str:
+    if name and not _IMAGE.fullmatch(name):
+        raise ValueError(f"{name!r} is not an image; allowed: a name such as 'python:3.11-slim' or one with '@sha256:'")
     return name
 
 
@@ -230,9 +237,14 @@ class Audit(_Section):
 
 
 class Isolation(_Section):
-    """`best_effort`: controls that may be less than full here, said so in the record. `required`: must be full."""
+    """`launcher` "auto": the cheapest that gives `minimum`, by itself the native jail. `image`: whose root a container
+    gets, for launchers that take one. `runtime`: the OCI runtime that a launcher is to use, empty for its default.
 
-    launcher: Annotated[str, AfterValidator(_name), Field(min_length=1)] = "jail"
+    `best_effort`: controls that may be less than full here, said so in the record. `required`: must be full."""
+
+    launcher: Annotated[str, AfterValidator(_name), Field(min_length=1)] = "auto"
+    image: Annotated[str, AfterValidator(_image)] = ""
+    runtime: Literal["", "runc", "crun", "runsc", "kata"] = ""
     minimum: Literal["namespaces", "userspace-kernel", "microvm"] = "namespaces"
     required: Controls = ()
     best_effort: Controls = ()
@@ -309,6 +321,7 @@ class Manifest(BaseModel):
             message = f"asks for any {self.gpu.count} and gpu.devices for {list(self.gpu.devices)}: say one"
             raise Contradiction(message, "gpu.count", other=("gpu.devices", self.gpu.devices[0]))
         _check_secrets(self)
+        _check_isolation(self.isolation)
         for control in self.isolation.best_effort:
             if control in self.isolation.required:
                 message = f"{control!r} cannot be required and best_effort at once"
@@ -357,6 +370,18 @@ def _check_filesystem(fs: Filesystem) -> None:
     if fs.workspace_mode in ("rw", "cow") and ":workspace" not in fs.write:
         message = f"is {fs.workspace_mode!r} but filesystem.write does not name ':workspace'"
         raise Contradiction(message, "filesystem.workspace_mode")
+
+
+def _check_isolation(isolation: Isolation) -> None:
+    other = ("isolation.launcher", "")
+    if isolation.launcher == "jail" and isolation.image:
+        raise Contradiction("the native launcher takes no image", "isolation.image", isolation.image, other)
+    if isolation.launcher in ("jail", "nsjail") and isolation.runtime:
+        message = f"the launcher {isolation.launcher!r} drives no OCI runtime"
+        raise Contradiction(message, "isolation.runtime", isolation.runtime, other)
+    if isolation.launcher == "docker" and not isolation.image:
+        hint = "name one that is there: isolation.image = 'python:3.11-slim'"
+        raise Contradiction("docker needs an image", "isolation.image", other=other, hint=hint)
 
 
 def _check_secrets(manifest: Manifest) -> None:

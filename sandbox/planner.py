@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandbox import planner_egress, planner_gpu, planner_http
+from sandbox import planner_egress, planner_gpu, planner_http, planner_launcher
 from sandbox.errors import Unenforceable
-from sandbox.host import Control, HostFacts, controls
+from sandbox.host import Control, HostFacts
+from sandbox.launchers.declared import DECLARED, Choice
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, LaunchPlan, Limit, Step
 
@@ -87,11 +88,6 @@ USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanot
 PRIVATE_PLACES = {"/tmp": "tmp", "/var/tmp": "var-tmp", HOME: "home", "/dev/shm": "shm"}  # noqa: S108 - inside
 NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")
 DENY_ENTRIES_MAX = 1_000_000
-_NOT_YET = {
-    "docker": "this version has the native launcher only",
-    "oci": "this version has the native launcher only",
-    "nsjail": "this version has the native launcher only",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,38 +131,64 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
 
     Raises Unenforceable naming every control that this host cannot hold and the manifest does not let go.
     """
-    table = controls(facts)
+    choice, lacking, fixes = planner_launcher.choose(manifest, facts)
+    declared = DECLARED[choice.launcher]
+    table = declared.controls(facts)
     limits = tuple(_with_scope(limit, manifest, call) for limit in _limits(manifest, table, facts))
     limits += planner_gpu.limits(manifest, facts)
-    _refuse_missing(manifest, limits, facts)
-    affinity = _mechanism(limits, "cpus") == "cpu affinity"
-    steps = (
-        *_view_steps(manifest, call, around),
-        *_call_steps(manifest, call, facts, around, limits),
-        Step("exec", "tool"),
-    )
+    lacking |= planner_launcher.gaps(choice, manifest, call)
+    _refuse_missing(manifest, (limits, table), facts, (lacking, fixes))
+    view = declared.needs_image
     plan = LaunchPlan(
-        launcher="jail",
-        steps=steps,
+        launcher=choice.launcher,
+        steps=(_image_steps if view else _jail_steps)(choice, manifest, call, (facts, around, limits)),
         limits=limits,
         argv=call.argv,
-        env=_environment(manifest, call, around),
+        env=_environment(manifest, call, around, own_search=not view),
         cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
         tty=call.tty,
         template=_template(manifest, call, around),
         egress=planner_egress.policy(manifest, around.extra_roots),
-        seccomp={"name": "default", "deny_set_affinity": affinity},
+        seccomp={"name": "default", "deny_set_affinity": _mechanism(limits, "cpus") == "cpu affinity"},
         isolation={
-            "launcher": "jail",
             "namespaces": list(NAMESPACES),
-            "landlock_abi": facts.landlock_abi,
-            "linux_caps": "none",
-            "no_new_privs": True,
-            "missing": [] if facts.landlock_abi else ["landlock"],
+            **planner_launcher.isolation(choice, facts),
+            **({"image": manifest.isolation.image} if view else {}),
             **({"extra_roots": dict(pair[:2] for pair in around.extra_roots)} if around.extra_roots else {}),
         },
     )
     return planner_gpu.complete(plan, manifest, facts)
+
+
+_Rest = tuple[HostFacts, Surroundings, tuple[Limit, ...]]
+
+
+def _jail_steps(_choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest) -> tuple[Step, ...]:
+    facts, around, limits = rest
+    return (
+        *_view_steps(manifest, call, around),
+        *_call_steps(manifest, call, facts, around, limits),
+        Step("exec", "tool"),
+    )
+
+
+def _image_steps(choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest) -> tuple[Step, ...]:
+    """The image is the system view, its /proc and /dev are the engine's; what is granted comes into it by name."""
+    facts, around, limits = rest
+    settings = Step("etc_files", "view", _etc_files(manifest))
+    runtime_files = [list(pair) for pair in around.runtime_files]
+    mounted = (
+        settings,
+        Step("scratch", "view", _scratch(manifest, call)),
+        Step("system_view", "view", {"runtime_files": runtime_files}),
+        *_granted_steps(manifest, call, around),
+    )
+    sealed = (
+        Step("hostname", "view", {"name": HOSTNAME}),
+        Step("rlimits", "view", _rlimits(manifest, limits)),
+        Step("proc", "view", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
+    )
+    return planner_launcher.container_steps(choice, manifest, facts, mounted, sealed)
 
 
 def _limits(manifest: Manifest, table: Mapping[str, Control], facts: HostFacts) -> tuple[Limit, ...]:
@@ -213,9 +235,17 @@ def _mechanism(limits: tuple[Limit, ...], control: str) -> str:
     return next((limit.mechanism for limit in limits if limit.control == control), "")
 
 
-def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFacts) -> None:
-    """Collect everything that does not hold here, and raise once with all of it."""
-    table = controls(facts)
+def _refuse_missing(
+    manifest: Manifest,
+    held: tuple[tuple[Limit, ...], Mapping[str, Control]],
+    facts: HostFacts,
+    launcher: tuple[dict[str, str], tuple[str, ...]],
+) -> None:
+    """Collect everything that does not hold here, and raise once with all of it.
+
+    `launcher`: what is wrong with the launcher that was asked for, and what would help.
+    """
+    limits, table = held
     isolation = manifest.isolation
     missing: dict[str, str] = {}
     for limit in limits:
@@ -229,11 +259,8 @@ def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFa
     gpu_refusal, gpu_fix = planner_gpu.refusal(manifest, facts)
     if gpu_refusal:
         missing["gpu"] = gpu_refusal
-    if isolation.launcher != "jail":
-        missing["launcher"] = _NOT_YET.get(isolation.launcher, f"no launcher is called {isolation.launcher!r}")
-    if isolation.minimum != "namespaces":
-        missing["isolation"] = f"{isolation.minimum} needs another launcher than the native jail"
-    if "landlock" in isolation.required and not facts.landlock_abi:
+    missing |= launcher[0]
+    if "landlock" in isolation.required and table["landlock"].level != "full":
         missing["landlock"] = table["landlock"].reason
     if manifest.process.allow_exec is not None:
         # Landlock can hold execve to a list, but a listed program's own loader (ld.so PROGRAM) maps any other.
@@ -242,7 +269,7 @@ def _refuse_missing(manifest: Manifest, limits: tuple[Limit, ...], facts: HostFa
         fixes = [table[name].fix for name in missing if name in table and table[name].fix]
         names = [name for name in missing if name in table and name not in ("network", "gpu")]
         names += ["gpu"] if any(name.startswith("gpu_") for name in missing) else []
-        hints = list(dict.fromkeys([*fixes, *([gpu_fix] if gpu_fix else [])]))
+        hints = list(dict.fromkeys([*fixes, *launcher[1], *([gpu_fix] if gpu_fix else [])]))
         # Without a jail there is nothing to accept less of.
         if names and "processes" not in missing:
             hints.append(f"or accept less: best_effort = {sorted({*isolation.best_effort, *names})}")
@@ -259,11 +286,10 @@ def _has_workspace(manifest: Manifest, call: CallSpec) -> bool:
 
 def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tuple[Step, ...]:
     scratch = Step("scratch", "view", _scratch(manifest, call))
-    etc_files = {"hostname": HOSTNAME, "home": HOME, "nameserver": planner_egress.nameserver(manifest)}
     steps = [
         Step("private_propagation", "view"),
         Step("new_root", "view", {"places": list(scratch.args["directories"])}),
-        Step("etc_files", "view", {**etc_files, "host_paths": list(ETC_PATHS)}),
+        Step("etc_files", "view", {**_etc_files(manifest), "host_paths": list(ETC_PATHS)}),
         Step("devices", "view", {"nodes": list(DEVICE_NODES)}),
         # Before what may lie below a private place, such as an environment under /tmp.
         *(() if _is_general(manifest, call, around) else (scratch,)),
@@ -278,25 +304,26 @@ def _view_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tup
             },
         ),
         *planner_http.steps(manifest),
-        Step(
-            "grants",
-            "view",
-            {
-                "paths": _grants(manifest, call, around, below_workspace=False),
-                "links": [list(pair) for pair in around.links],
-            },
-        ),
-    ]
-    if call.workspace.host_path:
-        steps.append(Step("workspace", "view", _workspace(call, around)))
-        # The workspace would cover these: what is read-only below a writable workspace is mounted after it.
-        steps.append(Step("inner_grants", "view", {"paths": _grants(manifest, call, around, below_workspace=True)}))
-    steps += [
-        Step("deny", "view", _denials(manifest, call, around)),
+        *_granted_steps(manifest, call, around),
         Step("proc_seed", "view"),
         Step("enter_root", "view"),
     ]
     return tuple(steps)
+
+
+def _etc_files(manifest: Manifest) -> dict[str, Any]:
+    return {"hostname": HOSTNAME, "home": HOME, "nameserver": planner_egress.nameserver(manifest)}
+
+
+def _granted_steps(manifest: Manifest, call: CallSpec, around: Surroundings) -> tuple[Step, ...]:
+    """What comes from the host by name, and what is denied of it."""
+    outer = _grants(manifest, call, around, below_workspace=False)
+    steps = [Step("grants", "view", {"paths": outer, "links": [list(pair) for pair in around.links]})]
+    if call.workspace.host_path:
+        steps.append(Step("workspace", "view", _workspace(call, around)))
+        # The workspace would cover these: what is read-only below a writable workspace is mounted after it.
+        steps.append(Step("inner_grants", "view", {"paths": _grants(manifest, call, around, below_workspace=True)}))
+    return (*steps, Step("deny", "view", _denials(manifest, call, around)))
 
 
 def _scratch(manifest: Manifest, call: CallSpec) -> dict[str, Any]:
@@ -463,8 +490,19 @@ def _landlock_rules(manifest: Manifest, call: CallSpec) -> list[list[Any]]:
     return rules
 
 
-def _environment(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[str, str]:
-    search = [*around.search_path, "/usr/local/bin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/sbin", "/sbin"]
+def _environment(
+    manifest: Manifest, call: CallSpec, around: Surroundings, *, own_search: bool = True
+) -> dict[str, str]:
+    """`own_search`: the caller's interpreter is in sight, so PATH begins with where it lies."""
+    search = [
+        *(around.search_path if own_search else ()),
+        "/usr/local/bin",
+        "/usr/bin",
+        "/bin",
+        "/usr/local/sbin",
+        "/usr/sbin",
+        "/sbin",
+    ]
     env = {
         "HOME": HOME,
         "LANG": "C.UTF-8",

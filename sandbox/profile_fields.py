@@ -163,7 +163,16 @@ FIELDS: Final[tuple[Field, ...]] = (
         words=("fsync", "flush"),
         help="When a record counts as written.",
     ),
-    Field(_ISO, "launcher", "word", "fixed", alias="launcher", help="Which launcher: 'jail' or another's name."),
+    Field(
+        _ISO,
+        "launcher",
+        "word",
+        "fixed",
+        alias="launcher",
+        help="Which launcher: 'auto', 'jail', 'docker', 'oci' or 'nsjail'.",
+    ),
+    Field(_ISO, "image", "word", "fixed", alias="image", help="The image of a container's root, where one is taken."),
+    Field(_ISO, "runtime", "word", "fixed", alias="runtime", help="The OCI runtime: runc, crun, runsc or kata."),
     Field(
         _ISO,
         "minimum",

@@ -37,7 +37,7 @@ class HostFacts:
     `system_calls`: newer ones, present and not filtered. `container`: what kind we run in, if any is seen.
     `systemd_user`: a supervisor can be started in a delegated scope of the user's systemd. `gpu`: what the supervisor
     found of GPUs (`sandbox.gpu.facts`), None without any. `device_rule`: what refuses device nodes to a call's group
-    beside its /dev, "bpf", "v1" or nothing.
+    beside its /dev, "bpf", "v1" or nothing. `runtimes`: programs that build other walls (runsc, crun, ...), by name.
     """
 
     kernel: str = ""
@@ -72,6 +72,7 @@ class HostFacts:
     gpu_library: bool = False
     gpu: Mapping[str, Any] | None = None
     device_rule: str = ""
+    runtimes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seccomp_filter(self) -> bool:

@@ -195,6 +195,10 @@ class Jail:
             self._loop.add_reader(self._status, self._on_status)
             launch(message, ends)
 
+    def open_output(self, name: str) -> tuple[int, int]:  # noqa: ARG002 - every stream is a pipe of ours
+        """(the end to read, the end to pass to `go`) of one of the tool's streams."""
+        return os.pipe2(os.O_CLOEXEC)
+
     def go(self, call: Mapping[str, object], fds: Mapping[str, int]) -> None:
         """Start the tool: `call` holds argv, env and cwd, `fds` its streams, which stay the caller's to close."""
         assert self._status is not None

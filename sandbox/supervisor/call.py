@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sandbox.launchers.jail import Jail
+from sandbox.launchers.contract import Container
 from sandbox.outcome import Seen
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
@@ -35,7 +35,7 @@ START_TIMEOUT_S = 120.0
 class Call:
     """A running call. `run` returns what was seen; `stop` ends it with a reason, the first one counts."""
 
-    def __init__(self, call_id: str, plan: LaunchPlan, fds: dict[str, int], jail: Jail) -> None:
+    def __init__(self, call_id: str, plan: LaunchPlan, fds: dict[str, int], jail: Container) -> None:
         self.call_id = call_id
         self.plan = plan
         self.fds = fds
@@ -51,7 +51,7 @@ class Call:
         self.egress: CallEgress | None = None
         self.gpu: CallGpu | None = None
         # Makes another jail, should the one that the call was given end before the call starts in it.
-        self.another: Callable[[], Jail] | None = None
+        self.another: Callable[[], Container] | None = None
         self._loop = asyncio.get_running_loop()
         self._input: InputPump | None = None
         output = plan.limit("output")
@@ -129,8 +129,10 @@ class Call:
             for name in ("stdout", "stderr", "result"):
                 if (name == "result" and "request" not in self.fds) or (self.plan.tty and name != "result"):
                     continue
-                read_end, ends[name] = os.pipe2(os.O_CLOEXEC)
-                stack.callback(os.close, ends[name])
+                read_end, far_end = self.jail.open_output(name)
+                if far_end >= 0:
+                    ends[name] = far_end
+                    stack.callback(os.close, far_end)
                 self.pumps[name] = OutputPump(self._loop, read_end, self._budget, self.fds.pop(f"{name}_to", -1))
             for name in ("request", *(() if self.plan.tty else ("stdin",))):
                 if name in self.fds:

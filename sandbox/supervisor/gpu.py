@@ -17,7 +17,7 @@ from sandbox.host import HostFacts
 from sandbox.plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from sandbox.launchers.jail import Jail
+    from sandbox.launchers.contract import Container, Group
     from sandbox.supervisor.gpu_call import CallGpu
     from sandbox.supervisor.gpu_guard import Guard
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Watched(Protocol):
     """What the guard needs of a running call."""
 
-    jail: Jail
+    jail: Container
 
     def stop(self, reason: str) -> None: ...
 
@@ -66,7 +66,7 @@ class Gpus:
             return None
         return await self._guard.open_call(call_id, plan)
 
-    def admit(self, group: cgroup.CallGroup | None, gpu: CallGpu | None) -> None:
+    def admit(self, group: Group | None, gpu: CallGpu | None) -> None:
         """Let a call's group open what was granted to it, before the tool runs. Raises OSError."""
         if group is not None:
             granted = gpu.device_rules() if gpu is not None else ()

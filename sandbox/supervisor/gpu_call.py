@@ -26,8 +26,8 @@ from sandbox.monitor import gpu as rules
 from sandbox.plan import LaunchPlan, Limit
 
 if TYPE_CHECKING:
-    from sandbox._linux import cgroup
     from sandbox._linux.bpf import Rule
+    from sandbox.launchers.contract import Group
     from sandbox.supervisor.gpu import Watched
     from sandbox.supervisor.gpu_guard import Guard
 
@@ -108,7 +108,7 @@ class CallGpu:
         self._note(rules.miner_argv(self.plan.argv))
         self._guard.watch(self)
 
-    def _limit_memory(self, group: cgroup.CallGroup | None) -> None:
+    def _limit_memory(self, group: Group | None) -> None:
         if group is None or not group.v2:
             raise NvmlTrouble("NO_CGROUP", "nvmlDeviceSetMemoryLimits_v1")
         for uuid in self.units:

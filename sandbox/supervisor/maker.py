@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from sandbox._linux import cgroup
 from sandbox.errors import LauncherUnavailable
+from sandbox.launchers.contract import Setting
 from sandbox.launchers.jail import Jail, Zygote, mount_point
 from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
@@ -53,13 +51,15 @@ class Kind:
 
 
 class Maker:
-    """Owns the zygote, the uids and the filters. What it makes belongs to who asked for it."""
+    """The native launcher. Owns the zygote, the uids and the filters. What it makes belongs to who asked for it."""
 
-    def __init__(self, state: Path, tree: cgroup.Tree | None, disks: tuple[str, ...]) -> None:
-        self._state = state
-        self._tree = tree
+    name = "jail"
+
+    def __init__(self, setting: Setting, disks: tuple[str, ...]) -> None:
+        self._state = setting.state
+        self._tree = setting.tree
         self._disks = disks
-        self._host_uids: Iterator[int] | None = identity.host_uids()
+        self._host_uids = setting.host_uids
         self._serial = itertools.count(1)
         self._filters: dict[str, bytes] = {}
         self.zygote = Zygote.start()

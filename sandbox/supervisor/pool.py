@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
-from sandbox._linux import cgroup
-from sandbox.launchers.jail import Jail, Zygote
+from sandbox.launchers.contract import Container, Launcher
 from sandbox.plan import LaunchPlan
-from sandbox.supervisor.maker import Maker
 from sandbox.supervisor.shelf import Shelf
 
 KEYS_MAX = 8
@@ -21,23 +18,14 @@ IDLE_S = 10.0
 
 
 class Pool:
-    """Hands out each jail once. `close` it, or jails outlive the supervisor's loop."""
+    """One launcher's containers, each handed out once. `close` it, or they outlive the supervisor's loop."""
 
-    def __init__(self, state: Path, tree: cgroup.Tree | None, disks: tuple[str, ...] = ()) -> None:
-        self._maker = Maker(state, tree, disks)
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
         self._shelves: dict[str, Shelf] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    @property
-    def zygote(self) -> Zygote:
-        return self._maker.zygote
-
-    @property
-    def own_user_namespace(self) -> bool:
-        """Whether jails are built inside a user namespace of ours, as for every ordinary user."""
-        return self._maker.own_user_namespace
-
-    def take(self, plan: LaunchPlan, kind: str) -> Jail:
+    def take(self, plan: LaunchPlan, kind: str) -> Container:
         """A jail for one call, parked already or being made. Close it after the call.
 
         `kind` names what the plan has in common with other calls' plans: jails are made for kinds.
@@ -51,14 +39,14 @@ class Pool:
             if len(self._shelves) >= KEYS_MAX:
                 oldest = min(self._shelves, key=lambda name: self._shelves[name].used_at)
                 self._shelves.pop(oldest).close()
-            shelf = self._shelves[kind] = Shelf(self._maker.kind(plan), self._maker)
+            shelf = self._shelves[kind] = Shelf(self.launcher.kind(plan), self.launcher)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(IDLE_S / 2, self._shrink)
         return shelf.take()
 
-    def make(self, plan: LaunchPlan) -> Jail:
+    def make(self, plan: LaunchPlan) -> Container:
         """A jail of a builder's making, whatever stands on a shelf. Raises OSError or LauncherUnavailable."""
-        return self._maker.make(self._maker.kind(plan))
+        return self.launcher.make(self.launcher.kind(plan))
 
     def _shrink(self) -> None:
         self._timer = None
@@ -72,13 +60,13 @@ class Pool:
             self._timer = asyncio.get_running_loop().call_later(IDLE_S / 2, self._shrink)
 
     def close(self) -> None:
-        """End every standby and the zygote."""
+        """End every standby and what the launcher started."""
         if self._timer is not None:
             self._timer.cancel()
         for shelf in self._shelves.values():
             shelf.close()
         self._shelves.clear()
-        self._maker.close()
+        self.launcher.close()
 
 
 def is_poolable(plan: LaunchPlan) -> bool:

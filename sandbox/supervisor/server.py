@@ -35,11 +35,13 @@ from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.egress import CallEgress, Egress
 from sandbox.supervisor.gpu import Gpus
-from sandbox.supervisor.pool import Pool, is_poolable
+from sandbox.supervisor.launching import Launchers
+from sandbox.supervisor.pool import is_poolable
 from sandbox.supervisor.work import Work
 
 if TYPE_CHECKING:
     from sandbox.supervisor.gpu_call import CallGpu
+    from sandbox.supervisor.pool import Pool
 
 STOP_TIMEOUT_S = 20.0
 # A running call holds up to this many descriptors here; standbys, templates and our own files have theirs apart.
@@ -67,7 +69,7 @@ class Supervisor:
         self._slots = asyncio.Semaphore(running_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         self._closing = asyncio.Event()
         self._tree: cgroup.Tree | None = None
-        self._pool: Pool
+        self._launchers: Launchers
         self._gpus: Gpus
         self._egress = Egress()
         self.chain: Chain = Store(state).open_chain("supervisor")
@@ -97,7 +99,7 @@ class Supervisor:
             self._tree = tree if tree.has_groups else None
         self._gpus = Gpus(self.facts, self._tree)
         self.facts = self._gpus.complete(self.facts)
-        self._pool = Pool(self.state, self._tree, tuple(self.facts.block_devices.values()))
+        self._launchers = Launchers(self.state, self._tree, tuple(self.facts.block_devices.values()), self._name)
         for recovered in recover(self.state):
             if recovered.error:
                 print(f"sandbox: chain {recovered.chain_id}: {recovered.error}", file=sys.stderr)
@@ -107,7 +109,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._control.setblocking(False)
         facts = wire.memfd("facts", json.dumps(self.facts.to_json()).encode())
-        hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._pool.zygote.pid}
+        hello: dict[str, object] = {"ev": "hello", "pid": os.getpid(), "zygote_pid": self._launchers.zygote_pid}
         try:
             wire.send(self._control, hello, [facts])
         except (BrokenPipeError, ConnectionResetError):
@@ -126,7 +128,7 @@ class Supervisor:
             await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
         self._egress.close()
         self._gpus.close()
-        self._pool.close()
+        self._launchers.close()
         if self._tree is not None:
             self._tree.close()
         self.chain.close()
@@ -226,17 +228,19 @@ class Supervisor:
         work = Work(ask, plan, self.state, opened["record_id"])
         call: Call | None = None
         gpu: CallGpu | None = None
+        pool: Pool | None = None
         try:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
             gpu = await self._gpus.open_call(call_id, plan)
             plan = gpu.plan if gpu is not None else plan
             plan, kind = await self._egress.with_authority(plan, ask["plan_id"])
-            jail = self._pool.take(plan, kind)
+            pool = await self._launchers.pool(plan.launcher)
+            jail = pool.take(plan, kind)
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
             if is_poolable(plan):
-                call.another = functools.partial(self._pool.make, plan)
+                call.another = functools.partial(pool.make, plan)
             if plan.egress is not None:
                 call.egress = CallEgress(call_id, plan.egress, self._egress, call.stop)
             self._gpus.admit(jail.group, gpu)
@@ -247,7 +251,8 @@ class Supervisor:
         except (OSError, SandboxError) as error:
             ending = Ending("launch_error", "host", error_type=type(error).__name__, message=str(error))
         try:
-            closing = await finish.gather(ending, started, call, work, own_user_namespace=self._pool.own_user_namespace)
+            own = pool is not None and pool.launcher.own_user_namespace
+            closing = await finish.gather(ending, started, call, work, own_user_namespace=own)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
             self._calls.pop(call_id, None)

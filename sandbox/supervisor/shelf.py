@@ -13,8 +13,10 @@ import asyncio
 import itertools
 import time
 from collections import deque
+from typing import Any
 
 from sandbox.errors import LauncherUnavailable
+from sandbox.launchers.contract import Container, Launcher
 from sandbox.launchers.jail import Jail
 from sandbox.supervisor import identity
 from sandbox.supervisor.maker import Kind, Maker
@@ -65,12 +67,14 @@ class Template:
 class Shelf:
     """Hands out jails of one kind, each once."""
 
-    def __init__(self, kind: Kind, maker: Maker) -> None:
+    def __init__(self, kind: Any, launcher: Launcher) -> None:
         self.kind = kind
         self.used_at = time.monotonic()
-        self._maker = maker
+        self._launcher = launcher
+        # The native launcher alone has templates.
+        self._maker = launcher if isinstance(launcher, Maker) else None
         self._loop = asyncio.get_running_loop()
-        self._parked: deque[Jail] = deque()
+        self._parked: deque[Container] = deque()
         self._wanted = 0
         self._taken = 0
         self._template: Template | None = None
@@ -84,7 +88,7 @@ class Shelf:
     def __repr__(self) -> str:
         return f"<Shelf parked={len(self._parked)} wanted={self._wanted} failures={self._failures}>"
 
-    def take(self) -> Jail:
+    def take(self) -> Container:
         """A standby, or else a jail that is made now. Raises OSError or LauncherUnavailable."""
         self.used_at = time.monotonic()
         self._taken += 1
@@ -96,12 +100,12 @@ class Shelf:
                 return jail
             jail.close()
         self._wanted = min(STANDBYS_MAX, self._wanted * 2 or 1)
-        if self._template is not None and self._template.is_proven:
+        if self._maker is not None and self._template is not None and self._template.is_proven:
             try:
                 return self._template.fork(self._maker, self.kind)
             except OSError:
                 self._template_failed(self._template)
-        return self._maker.make(self.kind)
+        return self._launcher.make(self.kind)
 
     def shrink(self) -> None:
         """Keep no more standbys than there were calls since the last look."""
@@ -127,25 +131,27 @@ class Shelf:
         if self._is_closed or self._is_making or len(self._parked) >= self._wanted:
             return
         try:
-            if self._template is None and time.monotonic() >= self._not_before:
-                self._start_template()
+            if self._maker is not None and self._template is None and time.monotonic() >= self._not_before:
+                self._start_template(self._maker)
                 return
             # Without a template standbys are made as any other jail.
-            fork = self._template is not None and self._template.jail.is_serving
-            jail = self._template.fork(self._maker, self.kind) if self._template and fork else None
-            jail = jail or self._maker.make(self.kind)
+            template = self._template if self._template is not None and self._template.jail.is_serving else None
+            jail: Container
+            if self._maker is not None and template is not None:
+                jail = template.fork(self._maker, self.kind)
+            else:
+                jail = self._launcher.make(self.kind)
         except (OSError, LauncherUnavailable):
             self._failed()
             return
         self._is_making = True
         self._parked.append(jail)
-        template = self._template if fork else None
         jail.when_settled(lambda: self._standby_settled(jail, template))
 
-    def _start_template(self) -> None:
+    def _start_template(self, maker: Maker) -> None:
         self._is_making = True
         try:
-            template = self._template = Template(self._maker.make(self.kind, template=True))
+            template = self._template = Template(maker.make(self.kind, template=True))
         except BaseException:
             self._is_making = False
             raise
@@ -161,7 +167,7 @@ class Shelf:
         template.jail.when_settled(settled)
         template.jail.on_end = lambda: self._template_failed(template)
 
-    def _standby_settled(self, jail: Jail, template: Template | None) -> None:
+    def _standby_settled(self, jail: Container, template: Template | None) -> None:
         self._is_making = False
         if jail.steps_applied and not jail.failure:
             self._lost = 0

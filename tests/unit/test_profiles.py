@@ -346,7 +346,7 @@ WIDER: list[tuple[dict[str, Any], str]] = [
     ({"gpu.count": 3}, "3 goes beyond 2"),
     ({"gpu": {"count": 0, "devices": ["0", "1", "2"]}}, "'0' goes beyond"),
     ({"capture": ["args"]}, "'args' goes beyond nothing"),
-    ({"launcher": "docker"}, "docker goes beyond 'jail'"),
+    ({"launcher": "docker"}, "docker goes beyond 'auto'"),
     ({"allow_protected": [".git/hooks"]}, "'.git/hooks' goes beyond nothing"),
 ]  # fmt: skip
 

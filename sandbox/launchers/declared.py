@@ -1,0 +1,92 @@
+"""What each launcher holds and what it does not: pure data, so that the planner refuses exactly that in the caller.
+
+A control's row says how much of it the launcher holds and by what; a gap names something that no manifest gets from
+it. The native launcher has no rows of its own: what it holds is what the host has (`sandbox.host.controls`).
+Nothing here looks at the host beyond its facts, and nothing of a launcher is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from sandbox.host import Control, HostFacts, controls
+from sandbox.launchers import docker_declared
+
+# From the weakest wall to the strongest.
+GRADES: Final = ("namespaces", "userspace-kernel", "microvm")
+# OCI runtimes by the wall that they build.
+RUNTIMES: Final = {"runc": "namespaces", "crun": "namespaces", "runsc": "userspace-kernel", "kata": "microvm"}
+# Programs that stand for a runtime on the host, first found first.
+PROGRAMS: Final = {"kata": ("kata-runtime", "containerd-shim-kata-v2")}
+GETTING: Final = {
+    "runc": "sudo apt install runc",
+    "crun": "sudo apt install crun",
+    "runsc": "install gVisor: https://gvisor.dev/docs/user_guide/install/",
+    "kata": "install Kata Containers: https://katacontainers.io/docs/",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One launcher. `runtimes`: OCI runtimes by name that it can drive, the first by default; none if it drives none.
+
+    `needs_image`: its root comes from an image that the manifest names. `gaps`: what it cannot do at all, with the
+    reason. `controls`: every control's row on a host with these facts.
+    """
+
+    name: str
+    runtimes: tuple[str, ...] = ()
+    needs_image: bool = False
+    gaps: Mapping[str, str] = field(default_factory=dict)
+    controls: Callable[[HostFacts], Mapping[str, Control]] = controls
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A launcher, and the runtime that it is to use: empty for the launcher's own default."""
+
+    launcher: str
+    runtime: str = ""
+
+
+# From the cheapest to the dearest start.
+DECLARED: Final[dict[str, Declaration]] = {
+    "jail": Declaration("jail"),
+    "docker": Declaration(
+        "docker",
+        runtimes=("runc", "crun", "runsc", "kata"),
+        needs_image=True,
+        gaps=docker_declared.GAPS,
+        controls=docker_declared.controls,
+    ),
+}
+
+
+def grade(choice: Choice) -> str:
+    """The wall that a choice builds: a runtime's own, else namespaces."""
+    return RUNTIMES.get(choice.runtime, GRADES[0])
+
+
+def is_enough(choice: Choice, minimum: str) -> bool:
+    return GRADES.index(grade(choice)) >= GRADES.index(minimum)
+
+
+def find_runtime(name: str, facts: HostFacts) -> str:
+    """Where this host has the runtime's program; empty when it does not."""
+    return next((facts.runtimes[program] for program in PROGRAMS.get(name, (name,)) if program in facts.runtimes), "")
+
+
+def choices(launcher: str, runtime: str) -> list[Choice]:
+    """What "auto", or a launcher by name, may come to, the cheapest first."""
+    found = []
+    for declaration in DECLARED.values():
+        if launcher not in ("auto", declaration.name):
+            continue
+        if runtime:
+            found += [Choice(declaration.name, runtime)] if runtime in declaration.runtimes else []
+        else:
+            found.append(Choice(declaration.name))
+            found += [Choice(declaration.name, name) for name in declaration.runtimes if RUNTIMES[name] != GRADES[0]]
+    return sorted(found, key=lambda choice: GRADES.index(grade(choice)))

@@ -1,0 +1,45 @@
+"""What the docker launcher holds, control by control, and what it does not do. Pure data; the SDK is not loaded."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sandbox.host import Control, HostFacts
+
+_NO_LANDLOCK = "Docker starts the tool itself and knows no Landlock; the mount namespace is the one wall"
+_NO_IO = "Docker limits a disk by its device, and which disks lie behind an image is the daemon's affair"
+_NO_GPU = "not done yet: use the native launcher, or an image run by your own means"
+
+GAPS: Final = {
+    "terminal": "a terminal inside is the native launcher's alone",
+    "cow": "a writable layer over a host directory is the native launcher's alone; use 'rw', 'ro' or a private one",
+    "inspection": "inspected TLS needs an authority in the image's own trust store, which is the image's affair",
+    "gpu": _NO_GPU,
+}
+_ROWS: Final = {
+    "filesystem": Control("full", "mount namespace of a container, read-only image"),
+    "network": Control("full", "network namespace with loopback only"),
+    "processes": Control("full", "pid, ipc, uts and cgroup namespaces of a container"),
+    "syscalls": Control("full", "seccomp filter, installed by Docker"),
+    "landlock": Control("none", "", "none", _NO_LANDLOCK),
+    "memory": Control("full", "container memory and swap limit"),
+    "pids": Control("full", "container pids limit"),
+    "cpus": Control("full", "container cpu quota"),
+    "cpu_time": Control("full", "container cpu accounting and supervisor timer"),
+    "wall_time": Control("full", "supervisor timer and kill of the container's first process"),
+    "disk": Control("full", "sized tmpfs"),
+    "inodes": Control("full", "sized tmpfs"),
+    "open_files": Control("full", "rlimit nofile"),
+    "output": Control("full", "bounded pipes read by the supervisor"),
+    "io": Control("none", "", "none", _NO_IO),
+    "gpu": Control("full", "device nodes absent, container device list"),
+}
+
+
+def controls(facts: HostFacts) -> dict[str, Control]:
+    """The rows on this host. Entering a container to give it its private places and its gateway takes root."""
+    if facts.is_root_like:
+        return dict(_ROWS)
+    reason = "private places and the gateway's sockets are put into a container from outside, which takes root"
+    none = Control("none", "", "none", reason, "run as root")
+    return {name: none if name in ("filesystem", "disk", "inodes") else row for name, row in _ROWS.items()}

@@ -1,0 +1,143 @@
+"""Which launcher a plan is for: the cheapest that is enough, the one that is named, or a refusal that says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sandbox.errors import ManifestError, Unenforceable
+from sandbox.host import CgroupControl, Feature, HostFacts
+from sandbox.manifest import Manifest
+from sandbox.plan import CallSpec, LaunchPlan, Workspace
+from sandbox.planner import PathFact, Surroundings, decide
+
+YES = Feature(True)
+FULL = HostFacts(
+    uid=0,
+    is_root_like=True,
+    user_namespaces=YES,
+    namespaces=dict.fromkeys(("mount", "net", "pid", "ipc", "uts", "cgroup"), YES),
+    proc_mount=YES,
+    tproxy=YES,
+    cgroup_kind="v2",
+    cgroups={name: CgroupControl("v2") for name in ("memory", "pids", "cpu", "io")},
+    cpu_accounting=True,
+    swap_accounted=True,
+    landlock_abi=3,
+    seccomp_actions=("errno",),
+    libseccomp="2.5",
+)
+CALL = CallSpec(kind="program", argv=("true",), tool="true")
+IMAGE = {"launcher": "docker", "image": "debian:12"}
+
+
+def planned(
+    isolation: dict[str, Any], call: CallSpec = CALL, runtimes: tuple[str, ...] = (), **more: Any
+) -> LaunchPlan:
+    facts = replace(FULL, runtimes={name: f"/usr/bin/{name}" for name in runtimes})
+    return decide(Manifest(isolation=isolation, **more), call, facts, Surroundings(paths={"/srv": PathFact(1, 2)}))
+
+
+def refused(
+    isolation: dict[str, Any], call: CallSpec = CALL, runtimes: tuple[str, ...] = (), **more: Any
+) -> Unenforceable:
+    with pytest.raises(Unenforceable) as caught:
+        planned(isolation, call, runtimes, **more)
+    return caught.value
+
+
+def test_by_itself_a_plan_is_for_the_native_jail() -> None:
+    assert planned({}).launcher == planned({"launcher": "jail"}).launcher == "jail"
+
+
+def test_docker_that_is_named_is_taken_with_its_image_on_record() -> None:
+    plan = planned(IMAGE)
+    assert plan.launcher == "docker"
+    assert plan.isolation["image"] == "debian:12"
+    assert plan.isolation["grade"] == "namespaces"
+    assert plan.steps[0].args == {"image": "debian:12", "runtime": ""}
+    assert all(not limit.mechanism.startswith("cgroup v") for limit in plan.limits)
+
+
+def test_a_stronger_wall_is_refused_naming_what_is_missing_and_taken_when_it_is_there() -> None:
+    wanted = {"image": "debian:12", "minimum": "userspace-kernel"}
+    error = refused(wanted)
+    assert "runsc" in error.controls["isolation"]
+    assert "not installed" in error.controls["isolation"]
+    assert "gvisor.dev" in error.hint
+    plan = planned(wanted, runtimes=("runsc",))
+    assert (plan.launcher, plan.isolation["runtime"], plan.isolation["grade"]) == (
+        "docker",
+        "runsc",
+        "userspace-kernel",
+    )
+
+
+def test_a_microvm_is_not_had_from_a_userspace_kernel() -> None:
+    error = refused({"image": "debian:12", "minimum": "microvm"}, runtimes=("runsc", "runc"))
+    assert "kata" in error.controls["isolation"]
+
+
+def test_a_launcher_that_is_named_is_never_replaced_by_another() -> None:
+    error = refused({**IMAGE, "runtime": "crun"})
+    assert "crun" in error.controls["launcher"]
+    assert planned({**IMAGE, "runtime": "crun"}, runtimes=("crun",)).isolation["runtime"] == "crun"
+    error = refused({"launcher": "jail", "minimum": "microvm"})
+    assert error.controls["isolation"] == "microvm needs another launcher than the native jail"
+
+
+def test_an_unknown_launcher_is_refused_by_name() -> None:
+    assert refused({"launcher": "firejail"}).controls["launcher"] == "no launcher is called 'firejail'"
+
+
+@pytest.mark.parametrize(
+    ("call", "more", "gap"),
+    [
+        (replace(CALL, tty=True), {}, "terminal"),
+        (replace(CALL, workspace=Workspace("cow", "/srv", "/srv")), {}, "cow"),
+        (CALL, {"resources": {"io_bytes_per_s": 1 << 20}}, "io"),
+    ],
+)
+def test_what_docker_declares_that_it_cannot_do_is_refused_and_nothing_else(
+    call: CallSpec, more: dict[str, Any], gap: str
+) -> None:
+    assert list(refused(IMAGE, call, **more).controls) == [gap]
+    assert planned({}, call, **more).launcher == "jail"
+
+
+def test_what_docker_cannot_hold_may_be_let_go_and_is_then_on_record() -> None:
+    plan = planned({**IMAGE, "best_effort": ["io"]}, resources={"io_bytes_per_s": 1 << 20})
+    limit = plan.limit("io")
+    assert limit is not None
+    assert (limit.level, limit.applied) == ("none", None)
+
+
+def test_landlock_that_is_required_is_refused_where_the_launcher_has_none() -> None:
+    assert "landlock" in refused({**IMAGE, "required": ["landlock"]}).controls
+    assert planned({"required": ["landlock"]}).launcher == "jail"
+
+
+@pytest.mark.parametrize(
+    ("isolation", "says"),
+    [
+        ({"launcher": "docker"}, "docker needs an image"),
+        ({"launcher": "jail", "image": "debian:12"}, "takes no image"),
+        ({"launcher": "nsjail", "runtime": "runsc"}, "drives no OCI runtime"),
+        ({"launcher": "docker", "image": "--privileged"}, "is not an image"),
+        ({"launcher": "docker", "image": "a b"}, "is not an image"),
+        ({"runtime": "chroot"}, "runtime"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(isolation: dict[str, Any], says: str) -> None:
+    with pytest.raises(ManifestError, match=says):
+        Manifest(isolation=isolation)
+
+
+def test_image_and_runtime_are_part_of_the_digest() -> None:
+    digests = {
+        Manifest(isolation=isolation).digest
+        for isolation in (IMAGE, {**IMAGE, "image": "debian:11"}, {**IMAGE, "runtime": "runsc"}, {})
+    }
+    assert len(digests) == 4
