@@ -24,7 +24,7 @@ test: venv ## all tests; as root also the user-mode ones as an ordinary user
 test-user: venv ## kernel and escape tests as an unprivileged uid (needs root)
 	scripts/as-user python -m pytest -n 2 -p no:cacheprovider tests/kernel tests/escape
 
-test-v2: venv ## kernel and escape tests on a real cgroup v2 machine (qemu)
+test-v2: venv ## the tests that depend on the kernel and its cgroups, on a cgroup v2 machine (qemu)
 	scripts/test-v2
 
 check: venv ## ruff, format, mypy, import directions
