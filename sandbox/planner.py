@@ -82,7 +82,9 @@ PROC_MASKED = (
     "timer_stats",
     "vmallocinfo",
 )
-PROC_READ_ONLY = ("bus", "driver", "dynamic_debug", "fs", "irq", "sys", "sysrq-trigger")
+# Models and serials of the machine's GPUs; the driver's libraries read it, so it is masked where no GPU is granted.
+PROC_DRIVER = "driver"
+PROC_READ_ONLY = ("bus", PROC_DRIVER, "dynamic_debug", "fs", "irq", "sys", "sysrq-trigger")
 # Of what the kernel counts per user. 64 watchers are more than any build tool opens.
 USER_LIMITS = {"max_user_namespaces": 0, "max_inotify_instances": 64, "max_fanotify_groups": 0}
 PRIVATE_PLACES = {"/tmp": "tmp", "/var/tmp": "var-tmp", HOME: "home", "/dev/shm": "shm"}  # noqa: S108 - inside
@@ -186,7 +188,7 @@ def _image_steps(choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest
     sealed = (
         Step("hostname", "view", {"name": HOSTNAME}),
         Step("rlimits", "view", _rlimits(manifest, limits)),
-        Step("proc", "view", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
+        Step("proc", "view", _proc(manifest)),
     )
     return planner_launcher.container_steps(choice, manifest, facts, mounted, sealed)
 
@@ -433,7 +435,7 @@ def _call_steps(
     terminal = {"tty": call.tty, "rows": around.terminal_rows, "columns": around.terminal_columns}
     steps = [
         *((Step("scratch", "call", _scratch(manifest, call)),) if _is_general(manifest, call, around) else ()),
-        Step("proc", "call", {"masked": list(PROC_MASKED), "read_only": list(PROC_READ_ONLY)}),
+        Step("proc", "call", _proc(manifest)),
         Step("terminals", "call", terminal),
         Step("namespaces", "call"),
         Step("user_limits", "call", dict(USER_LIMITS)),
@@ -455,6 +457,11 @@ def _call_steps(
         steps.append(Step("landlock", "call", {"abi": facts.landlock_abi, "rules": rules}))
     steps += [Step("close_fds", "call"), Step("seccomp", "call")]
     return tuple(steps)
+
+
+def _proc(manifest: Manifest) -> dict[str, Any]:
+    masked = PROC_MASKED if planner_gpu.is_on(manifest) else (*PROC_MASKED, PROC_DRIVER)
+    return {"masked": list(masked), "read_only": [name for name in PROC_READ_ONLY if name not in masked]}
 
 
 def _rlimits(manifest: Manifest, limits: tuple[Limit, ...]) -> dict[str, int]:

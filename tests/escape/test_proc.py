@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from sandbox.planner import PROC_MASKED
+from sandbox.planner import PROC_DRIVER, PROC_MASKED
 from tests.helpers.escape import Errno, Jail
 
 pytestmark = [pytest.mark.needs("jail")]
@@ -52,7 +52,7 @@ def test_entries_that_steer_the_machine_cannot_be_written(jail: Jail, name: str)
     assert own == 1
 
 
-@pytest.mark.parametrize("name", PROC_MASKED)
+@pytest.mark.parametrize("name", [*PROC_MASKED, PROC_DRIVER])
 def test_entries_that_tell_of_the_machine_are_empty(jail: Jail, name: str) -> None:
     path = f"/proc/{name}"
     if not os.path.exists(path):
