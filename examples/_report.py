@@ -28,9 +28,25 @@ def faults_of(row: dict[str, Any], *, inside: bool) -> list[str]:
         faults.append(f"the call inside never ran: {ending}")
     elif not half["attempted"]:
         faults.append("the command inside never started")
-    if half["happened"] or not half["clean"]:
+    if row["permitted"]:
+        if not half["happened"]:
+            faults.append("what is permitted did not work inside")
+        if not [line for line in network_of(half) if line["decision"] == "allow" and line["rule"]]:
+            faults.append("the rule that permitted it is not on record")
+    elif half["happened"] or not half["clean"]:
         faults.append("NOT CONTAINED")
+    denied = {line["host"] for line in network_of(half) if line["decision"] == "deny"}
+    # Without nf_tables the kernel refuses what no rule names, and nobody sees it.
+    is_seen = "tproxy" in str(half["record"].get("enforcement", {}).get("network"))
+    if (missing := sorted(set(row["refused"]) - denied)) and is_seen:
+        faults.append(f"not on record as denied: {', '.join(missing)}")
     return faults
+
+
+def network_of(half: dict[str, Any]) -> list[dict[str, Any]]:
+    """The attempts on a call's record. Empty, too, where nobody could see."""
+    found: list[dict[str, Any]] = half["record"].get("network") or []
+    return found
 
 
 def show(answer: dict[str, Any], *, inside: bool) -> int:
@@ -40,14 +56,21 @@ def show(answer: dict[str, Any], *, inside: bool) -> int:
     console = Console(width=None if sys.stdout.isatty() else 132)
     faults = {row["name"]: faults_of(row, inside=inside) for row in answer["rows"]}
     console.print(table_of(answer["rows"], faults, inside=inside))
+    if inside:
+        console.print(table_of_attempts(answer["rows"]))
     broken = show_audit(console, answer["audit"]) if inside else 0
     for row in answer["rows"]:
         for fault in faults[row["name"]]:
             half = row["without"] if fault == NO_ATTACK or not inside else row["inside"]
             print(f"{row['name']}: {fault}\n  its output: {half['output'][-600:]!a}", file=sys.stderr)
-    total, real = len(faults), sum(row["without"]["happened"] for row in answer["rows"])
-    contained = f", {sum(not each for each in faults.values())} of {total} were contained inside it" if inside else ""
-    console.print(f"{real} of {total} were real without the jail{contained}.")
+    attacks = [row for row in answer["rows"] if not row["permitted"]]
+    total, real = len(attacks), sum(row["without"]["happened"] for row in attacks)
+    held = sum(not faults[row["name"]] for row in attacks)
+    contained = f", {held} of {total} were contained inside it" if inside else ""
+    console.print(f"{real} of {total} attacks were real without the jail{contained}.")
+    if inside and (twins := [row for row in answer["rows"] if row["permitted"]]):
+        worked = sum(not faults[row["name"]] for row in twins)
+        console.print(f"{worked} of {len(twins)} permitted uses of the network worked inside it.")
     return 1 if broken or any(faults.values()) or not faults else 0
 
 
@@ -60,12 +83,39 @@ def table_of(rows: list[dict[str, Any]], faults: dict[str, list[str]], *, inside
         table.add_column(heading, overflow="fold")
     for row in rows:
         without = row["without"]
-        cells = [Text(row["title"]), Text(without["text"], style="red" if without["happened"] else "yellow")]
+        colour = "yellow" if not without["happened"] else "green" if row["permitted"] else "red"
+        cells = [Text(row["title"]), Text(without["text"], style=colour)]
         if inside:
             half, wrong = row["inside"], faults[row["name"]]
             cells.append(Text("\n".join([half["text"], *wrong]), style="bold red" if wrong else "green"))
-            cells += [Text(half["stopped_by"]), Text(record_id(half["record"])[:13])]
+            cells += [
+                Text("permitted" if row["permitted"] else half["stopped_by"]),
+                Text(record_id(half["record"])[:13]),
+            ]
         table.add_row(*cells)
+    return table
+
+
+def table_of_attempts(rows: list[dict[str, Any]]) -> Any:
+    """What the records say of the network: attempts that differ in nothing but address and port are one line."""
+    from rich.table import Table
+
+    table = Table(title="The network on record: every attempt, by name or address, and by rule")
+    for heading in ("call", "where", "port", "looks like", "attempts", "decision", "rule", "reason"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for line in network_of(row["inside"]):
+            alike = "" if line["reason"] == "address_not_named" else line["host"]
+            facts = (str(line[name]) for name in ("transport", "proto", "decision", "rule", "reason", "detail"))
+            groups.setdefault((alike, *facts), []).append(line)
+        for (_, transport, proto, decision, rule, reason, detail), lines in groups.items():
+            hosts, ports = dict.fromkeys(line["host"] for line in lines), sorted({line["port"] for line in lines})
+            where = next(iter(hosts)) + (f" … {list(hosts)[-1]} ({len(hosts)})" if len(hosts) > 1 else "")
+            count = sum(line.get("count", 1) for line in lines)
+            why = f"{reason}: {detail}" if detail and reason else reason
+            cells = [row["name"], where, ", ".join(map(str, ports)), proto or transport, str(count), decision]
+            table.add_row(*cells, rule or "-", why)
     return table
 
 

@@ -22,9 +22,12 @@ OUTSIDE_HOST = "203.0.113.10"  # addresses for documentation (RFC 5737): nobody'
 MINING_POOL = "203.0.113.30"
 BILLING_API = "198.51.100.20"
 METADATA = "169.254.169.254"
+DATA_HOST = "203.0.113.40"  # the one that the calls may reach
+OUTSIDE_NAME, DATA_NAME = "relay.outside.example", "data.example.org"
+NAMES = {OUTSIDE_NAME: OUTSIDE_HOST, DATA_NAME: DATA_HOST}
 INTERNAL_HOSTS = ("10.20.0.5", "10.20.0.6", "10.20.0.7")
 INTERNAL_PORTS = (22, 5432, 6379, 8080)
-ADDRESSES = (OUTSIDE_HOST, MINING_POOL, BILLING_API, METADATA, *INTERNAL_HOSTS)
+ADDRESSES = (OUTSIDE_HOST, MINING_POOL, BILLING_API, METADATA, DATA_HOST, *INTERNAL_HOSTS)
 
 SSHD_DIRECTORY = "/run/sshd-of-the-host-outside"
 SSH_MSG_KEXINIT = 20
@@ -151,6 +154,17 @@ def billing(key: str) -> Callable[[socket.socket, Note], None]:
     return serve
 
 
+def data(text: str) -> Callable[[socket.socket, Note], None]:
+    """A host with something that a call is meant to fetch."""
+
+    def serve(connection: socket.socket, note: Note) -> None:
+        first, _, _ = read_request(connection)
+        note(asked=first)
+        respond(connection, text)
+
+    return serve
+
+
 def internal(connection: socket.socket, note: Note) -> None:
     note(reached=True)
     connection.sendall(b"internal service\r\n")
@@ -160,13 +174,16 @@ class StandIns:
     """The process with all listeners, and the director's side of it."""
 
     def __init__(
-        self, metadata_secret: str, billing_key: str, serve_ssh: Callable[[socket.socket, Note], None] = ssh
+        self, metadata_secret: str, billing_key: str, text: str, serve_ssh: Callable[[socket.socket, Note], None] = ssh
     ) -> None:
+        """`text`: what the data host answers."""
         services: list[tuple[str, str, int, Callable[[socket.socket, Note], None]]] = [
             ("ssh", OUTSIDE_HOST, 22, serve_ssh),
             ("pool", MINING_POOL, 3333, pool),
             ("metadata", METADATA, 80, metadata(metadata_secret)),
             ("billing", BILLING_API, 80, billing(billing_key)),
+            ("data", DATA_HOST, 80, data(text)),
+            ("data", DATA_HOST, 443, internal),
         ]
         services += [("internal", host, port, internal) for host in INTERNAL_HOSTS for port in INTERNAL_PORTS]
         self._ours, theirs = socket.socketpair()

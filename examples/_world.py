@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,11 +55,15 @@ class NoWorld(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the world shows: read-only trees, addresses that its stand-ins own, a directory on disk for the work."""
+    """What the world shows: read-only trees, addresses that its stand-ins own, a directory on disk for the work.
+
+    `names`: the hosts that resolve there, and their addresses.
+    """
 
     read: tuple[Path, ...]
     addresses: tuple[str, ...]
     work: Path
+    names: Mapping[str, str]
     lifetime_s: int = 150
 
 
@@ -162,6 +166,14 @@ def make_dev(root: Path) -> None:
         bind(node, dev / node.name)
 
 
+def make_names(root: Path, names: Mapping[str, str]) -> None:
+    """The world's own hosts(5)."""
+    file = root / "run" / "hosts"
+    file.write_text("".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **names}.items()))
+    file.chmod(0o644)
+    mount(str(file), root / "etc" / "hosts", flags=MS_BIND)
+
+
 def make_accounts(root: Path, uid: int) -> None:
     """ssh(1) refuses to run for a uid without an account, so the agent gets one."""
     for name, line in (
@@ -192,6 +204,7 @@ def make_root(root: Path, setting: Setting, agent_uid: int) -> None:
             bind(top, root / name, read_only=True)
     (root / "run").mkdir()
     make_accounts(root, agent_uid)
+    make_names(root, setting.names)
     for name, size in (("tmp", TMP_SIZE), (str(HOME)[1:], HOME_SIZE)):
         (root / name).mkdir(parents=True)
         mount("tmpfs", root / name, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode=1777")

@@ -37,7 +37,7 @@ from _canaries import (
     see,
 )
 from _report import record_id, show
-from _standins import ADDRESSES, StandIns, prepare_sshd, real_sshd, ssh
+from _standins import ADDRESSES, NAMES, StandIns, prepare_sshd, real_sshd, ssh
 from _world import (
     HOME,
     ROOT_UID_FOR_AGENT,
@@ -71,10 +71,10 @@ class Director:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.uid = ROOT_UID_FOR_AGENT if options.is_root else 0
-        self.secrets = Secrets(*(random_secrets.token_hex(16) for _ in range(4)))
+        self.secrets = Secrets(*(random_secrets.token_hex(16) for _ in range(5)))
         self.sshd = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
         serve_ssh = real_sshd(self.sshd, as_agent(is_root=options.is_root)) if self.sshd else ssh
-        self.stand_ins = StandIns(self.secrets.metadata, self.secrets.billing, serve_ssh)
+        self.stand_ins = StandIns(self.secrets.metadata, self.secrets.billing, self.secrets.table, serve_ssh)
         self.gpu = GpuNode()
         self.known = {1, os.getpid(), self.stand_ins.pid}
 
@@ -85,6 +85,7 @@ class Director:
         ]
         for behaviour in chosen:
             row: dict[str, Any] = {"name": behaviour.name, "title": self._title(behaviour)}
+            row |= {"refused": behaviour.refused, "permitted": behaviour.permitted}
             row["without"] = self._half(behaviour, jailed=False)
             if self.options.inside:
                 row["inside"] = self._half(behaviour, jailed=True)
@@ -137,6 +138,7 @@ class Director:
             "cloud_secret": self.secrets.cloud,
             "environment_secret": self.secrets.environment,
             "metadata_secret": self.secrets.metadata,
+            "table": self.secrets.table,
             "key_line": key_line,
             "home_free": free_bytes(HOME),
         }
@@ -275,9 +277,10 @@ class Director:
         )
 
     def _audit(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The record of the first call in full, and whether the chain of all of them verifies."""
+        """One record in full, the tunnel's where it was tried, and whether the chain of all of them verifies."""
         verify = self._ours("audit", "verify")
-        first = next((record_id(row["inside"]["record"]) for row in rows if record_id(row["inside"]["record"])), "")
+        ids = {row["name"]: record_id(row["inside"]["record"]) for row in rows if record_id(row["inside"]["record"])}
+        first = ids.get("tunnel") or next(iter(ids.values()), "")
         shown = self._ours("audit", "show", first) if first else None
         return {
             "verified": verify.returncode == 0,
@@ -362,7 +365,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="toolcall-sandbox-demo-", dir="/var/tmp") as work:
         os.chmod(work, 0o755)
-        setting = Setting(read=read, addresses=ADDRESSES, work=Path(work))
+        setting = Setting(read=read, addresses=ADDRESSES, work=Path(work), names=NAMES)
         try:
             answer = run_in_world(setting, lambda: Director(options).direct())
         except NoWorld as err:
