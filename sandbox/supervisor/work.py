@@ -19,6 +19,12 @@ from sandbox.workspace import Changeset, Overlay, Scan, collect, scan, sweep
 from sandbox.workspace.names import to_json
 
 LISTED_MAX = 2000
+_SET_ASIDE = {
+    "": "a protected path may not be left in a writable workspace; set aside",
+    "special-file": "fifos, sockets and devices may not be left in a writable workspace; removed",
+    "too-deep": "a tree too deep to be looked through may not be left in a writable workspace; set aside",
+    "privilege-bits": "its set-uid, set-gid or capability bits could not be taken away; set aside",
+}
 
 
 @dataclass
@@ -102,21 +108,24 @@ class Work:
             os.close(fd)
         if not any(quarantine.iterdir()):
             quarantine.rmdir()
-        changes = result.changes
+        changes, swept = result.changes, result.to_json()
         written = [*map(to_json, changes.added.paths), *map(to_json, changes.modified.paths)]
         left.files = {
             "written": written,
             "deleted": list(map(to_json, changes.deleted.paths)),
-            **{name: value for name, value in result.to_json().items() if name in ("stripped", "unswept")},
+            **{name: swept[name] for name in ("stripped", "unswept")},
+            "links_outside": swept["links_outside"]["paths"],
         }
-        for taken in result.to_json()["quarantined"]:
+        if result.quarantined_more:
+            left.files["quarantined_more"] = result.quarantined_more
+        for taken in swept["quarantined"]:
             left.decisions.append(
                 {
                     "kind": "workspace",
                     "subject": taken["path"],
                     "decision": "deny",
                     "rule": taken["rule"],
-                    "reason": "a protected path may not be left in a writable workspace; set aside",
+                    "reason": _SET_ASIDE.get(taken["rule"], _SET_ASIDE[""]),
                 }
             )
 

@@ -229,10 +229,15 @@ def is_protected(path: str, allow: Iterable[str] = (), *, type_: EntryType = "fi
 
 
 def is_protected_dir(path: str, allow: Iterable[str] = ()) -> str | None:
-    """The rule that protects everything in the directory `path`, or None."""
+    """The rule that protects everything in the directory `path`, or None.
+
+    None too when `allow` grants a path in it: then each entry has to be looked at by itself.
+    """
     folded = fold(path)
     rule = _rule_for_dir(folded)
-    return None if rule is None or _is_allowed(rule, folded, allow) else rule
+    if rule is None or _is_allowed(rule, folded, allow) or _grants_below(folded, allow):
+        return None
+    return rule
 
 
 def check_allow(allow: Iterable[str]) -> None:
@@ -278,10 +283,18 @@ def _is_allowed(rule: str, folded: str, allow: Iterable[str]) -> bool:
             if item == rule:
                 return True
             continue
-        granted = fold(item).removeprefix("./").removesuffix("/**").rstrip("/")
+        granted = _granted_path(item)
         if granted and (folded == granted or folded.startswith(granted + "/")):
             return True
     return False
+
+
+def _grants_below(folded: str, allow: Iterable[str]) -> bool:
+    return any(_granted_path(item).startswith(folded + "/") for item in allow)
+
+
+def _granted_path(item: str) -> str:
+    return fold(item).removeprefix("./").removesuffix("/**").rstrip("/")
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,17 +47,12 @@ def rw(path: Path, **more: Any) -> dict[str, Any]:
     return {"workspace": str(path), "workspace_mode": "rw", **more}
 
 
-def granted(name: str) -> str:
-    """A file by its name, a protected directory as a whole: it is read-only inside as a whole."""
-    return os.path.dirname(name) or name
-
-
 @pytest.mark.parametrize("name", PROTECTED)
 def test_what_others_will_run_cannot_be_changed(jail: Jail, project: Path, name: str) -> None:
     actions = [["write", f"{project}/{name}", "evil!!"], ["write", f"{project}/src/main.py", "mine!!"]]
     assert jail.act(*actions, **rw(project)) == [Errno("EROFS"), 6]
     assert (project / name).read_text() == "theirs"
-    assert jail.one(*actions[0], **rw(project, allow_protected=[granted(name)])) == 6
+    assert jail.one(*actions[0], **rw(project, allow_protected=[name])) == 6
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -72,8 +67,19 @@ def test_what_others_would_run_does_not_stay(jail: Jail, empty: Path, name: str)
     decision = outcome.record.decisions[0]
     assert (decision["decision"], decision["subject"]) == ("deny", name)
     assert any(name in denial for denial in outcome.denials)
-    outcome = jail.run(["python3", "-S", "-c", script], **rw(empty, allow_protected=[granted(name)]))
+    outcome = jail.run(["python3", "-S", "-c", script], **rw(empty, allow_protected=[name]))
     assert (outcome.ok, (empty / name).read_text(), outcome.denials) == (True, "evil", ())
+
+
+def test_one_file_granted_in_a_protected_directory_opens_no_other(jail: Jail, project: Path) -> None:
+    hooks = project / ".git/hooks"
+    (hooks / "pre-push").write_text("theirs")
+    writes = [["write", f"{hooks}/{name}", "evil!!"] for name in ("pre-commit", "pre-push")]
+    writes += [["create", f"{hooks}/post-merge"]]
+    found = jail.act(*writes, **rw(project, allow_protected=[".git/hooks/pre-commit"]))
+    assert found == [6, Errno("EROFS"), 1]
+    kept = {path.name: path.read_text() for path in hooks.iterdir()}
+    assert kept == {"pre-commit": "evil!!", "pre-push": "theirs"}
 
 
 def test_a_protected_file_survives_the_removal_of_its_directory(jail: Jail, project: Path) -> None:
