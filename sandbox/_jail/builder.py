@@ -46,7 +46,7 @@ def _build(launch: Launch) -> tuple[int, int, int]:
     """Walk the view steps, then clone pid 1. Returns (pid, pidfd, the sync pipe's end for this side)."""
     launch.step = "mount_namespace"
     if launch.host_uid is None:
-        _enter_user_namespace(launch)
+        enter_user_namespace(launch)
     else:
         syscalls.unshare(syscalls.CLONE_NEWNS)
     launch.run_steps("view", view.STEPS)
@@ -61,7 +61,8 @@ def _build(launch: Launch) -> tuple[int, int, int]:
     return pid, pidfd, sync_write
 
 
-def _enter_user_namespace(launch: Launch) -> None:
+def enter_user_namespace(launch: Launch) -> None:
+    """An ordinary user's: everything is built in a user namespace of his own, in which only he himself exists."""
     uid, gid = os.geteuid(), os.getegid()
     launch.step = "user_namespace"
     # A single-id map keeps the kernel uid. If that is the host's uid 0, dropping every capability would still leave
@@ -70,8 +71,8 @@ def _enter_user_namespace(launch: Launch) -> None:
         raise OSError(1, "this uid is the host's root and no other uid can be mapped from here")
     syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
     _write("/proc/self/setgroups", b"deny")
-    _write("/proc/self/uid_map", b"%d %d 1" % (INSIDE_ID, uid))
-    _write("/proc/self/gid_map", b"%d %d 1" % (INSIDE_ID, gid))
+    _write("/proc/self/uid_map", b"%d %d 1" % (launch.own_id, uid))
+    _write("/proc/self/gid_map", b"%d %d 1" % (launch.own_id, gid))
     launch.applied.append("user_namespace")
 
 

@@ -28,10 +28,13 @@ class Launch:
         host_uid = message["host_uid"]
         # None: an ordinary user, who can map nothing but himself.
         self.host_uid: int | None = host_uid if isinstance(host_uid, int) else None
+        # What an ordinary user is called in his own user namespace, in which the view is built.
+        self.own_id = int(str(message.get("own_id", INSIDE_ID)))
         # A template's children have uids of their own; it takes root to map more than one.
         self.uid_count = int(str(message.get("uid_count", 1)))
         self.mnt = str(message["mnt"])
-        self.seccomp = wire.read_memfd(self.fds["seccomp"])
+        # Absent where a container's runtime installs it.
+        self.seccomp = wire.read_memfd(self.fds["seccomp"]) if "seccomp" in self.fds else b""
         self.cap_last = process.last_cap()
         self.step = "start"
         self.applied: list[str] = []
@@ -48,7 +51,7 @@ class Launch:
     @property
     def owner(self) -> int:
         """The jail's uid as seen from the namespace in which the view is built."""
-        return INSIDE_ID if self.host_uid is None else self.host_uid
+        return self.own_id if self.host_uid is None else self.host_uid
 
     def run_steps(self, where: str, handlers: Mapping[str, Callable[[Launch, dict[str, Any]], None]]) -> None:
         """Walk the plan's steps of one process, in order."""

@@ -125,8 +125,18 @@ def proc(launch: Launch, args: dict[str, Any]) -> None:
 
 def terminals(launch: Launch, args: dict[str, Any]) -> None:
     """Pseudo-terminals of the jail's own; with a terminal asked for, its master goes out to the supervisor."""
+    mount_terminals(launch, args)
+    open_terminal(launch, args)
+
+
+def mount_terminals(_launch: Launch, _args: dict[str, Any]) -> None:
+    """A devpts of its own."""
     options = "newinstance,ptmxmode=0666,mode=0620"
     mounts.mount("devpts", "/dev/pts", "devpts", mounts.MS_NOSUID | mounts.MS_NOEXEC, options)
+
+
+def open_terminal(launch: Launch, args: dict[str, Any]) -> None:
+    """The call's terminal, where one is asked for, of the pseudo-terminals that are mounted."""
     if args["tty"]:
         master, slave = os.openpty()
         os.set_inheritable(slave, False)

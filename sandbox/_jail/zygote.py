@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-from sandbox._jail import builder
+from sandbox._jail import builder, container
 from sandbox._linux import process, wire
 
 
@@ -68,7 +68,8 @@ def _launch(control: socket.socket, message: dict[str, object], fds: list[int], 
         for fd in own_fds:
             os.close(fd)
         control.close()
-        builder.run(message, fds, zygote_pid)
+        make = container.run if "runtime" in message else builder.run
+        make(message, fds, zygote_pid)
         os._exit(0)
     for fd in fds:
         os.close(fd)

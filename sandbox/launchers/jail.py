@@ -172,6 +172,10 @@ class Jail:
             for fd in data_fds.values():
                 os.close(fd)
 
+    def launch_with(self, launch: _Launch, message: Mapping[str, object], fds: Mapping[str, int]) -> None:
+        """Have it made by whoever `launch` asks. The descriptors stay the caller's. Raises OSError."""
+        self._send(launch, message, fds)
+
     def launch_from(self, template: Jail, index: int) -> None:
         """Have it forked from a template that serves. Raises OSError when the template is gone."""
         self._send(template.fork, {"op": "fork", "index": index}, {})
