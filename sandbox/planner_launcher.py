@@ -63,7 +63,10 @@ def _lack(choice: Choice, manifest: Manifest, facts: HostFacts) -> tuple[str, st
         return f"{choice.launcher} takes no image", ""
     if choice.runtime and not find_runtime(choice.runtime, facts):
         return f"{_spoken(choice)}, which is not installed", GETTING[choice.runtime]
-    return "", ""
+    if declared.program and declared.program not in facts.runtimes:
+        return f"{declared.program}, which is not installed", GETTING[declared.program]
+    why, fix = declared.obstacle(choice.runtime, facts)
+    return (f"{_spoken(choice)}: {why}", fix) if why else ("", "")
 
 
 def _spoken(choice: Choice) -> str:
@@ -84,7 +87,8 @@ def gaps(choice: Choice, manifest: Manifest, call: CallSpec) -> dict[str, str]:
 
 def isolation(choice: Choice, facts: HostFacts) -> dict[str, Any]:
     """What the record says about the wall."""
-    landlock = facts.landlock_abi if choice == _DEFAULT else 0
+    has_landlock = DECLARED[choice.launcher].has_landlock
+    landlock = facts.landlock_abi if has_landlock else 0
     return {
         "launcher": choice.launcher,
         **({"runtime": choice.runtime} if choice.runtime else {}),
@@ -92,7 +96,7 @@ def isolation(choice: Choice, facts: HostFacts) -> dict[str, Any]:
         "landlock_abi": landlock,
         "linux_caps": "none",
         "no_new_privs": True,
-        "missing": [] if landlock or choice != _DEFAULT else ["landlock"],
+        "missing": [] if landlock or not has_landlock else ["landlock"],
     }
 
 

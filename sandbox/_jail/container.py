@@ -16,15 +16,14 @@ import fcntl
 import json
 import os
 import signal
-import stat
 
-from sandbox._jail import builder, pid1, places, runtimes, view
+from sandbox._jail import builder, pid1, runtimes, view
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    pass
 
 CGROUPS = "/sys/fs/cgroup"
 _BUNDLE_BYTES = 4 << 20
@@ -79,13 +78,12 @@ def _build(launch: Launch) -> None:
         syscalls.unshare(syscalls.CLONE_NEWNS)
     launch.run_steps("view", view.STEPS)
     launch.step = "bundle"
-    os.makedirs(f"{launch.root}/proc", exist_ok=True)
     # A mount of its own, read-only: as part of the root it would be so too. Its nodes have theirs, as they were made.
     dev = f"{launch.root}/dev"
     mounts.mount(dev, dev, "none", mounts.MS_BIND | mounts.MS_REC)
     mounts.remount_read_only(dev)
     # The runtime goes to the root as one of the container's own ids. Nobody else is in this mount namespace.
-    os.chmod(launch.mnt, 0o711)
+    os.chmod(launch.mnt, 0o711)  # noqa: S103 - to pass through
 
 
 class _Attendant:
@@ -255,4 +253,3 @@ class _Attendant:
         finally:
             os.close(own)
             os.close(other)
-

@@ -65,7 +65,7 @@ class Runtime:
                     os.dup2(fd, number, inheritable=True)
                 if enter is not None:
                     enter()
-                os.execve(self.program, [self.program, *argv], _ENV)
+                os.execve(self.program, [self.program, *argv], _ENV)  # noqa: S606 - this is the point
             except Exception as error:  # noqa: BLE001 - it is told by the log, and ends the call
                 os.write(self._log, f"{type(error).__name__}: {error}".encode())
             os._exit(127)

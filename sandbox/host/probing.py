@@ -9,19 +9,16 @@ import errno
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from sandbox._linux import cgroup
+from sandbox.host import programs
 from sandbox.host.delegation import delegation_prefix, systemd_user
 from sandbox.host.facts import CgroupControl, Feature, HostFacts
 
 _CAP_SYS_ADMIN = 21
-_RUNTIMES = ("runc", "crun", "runsc", "kata-runtime", "containerd-shim-kata-v2", "nsjail", "dockerd")
-# Where system programs are: a supervisor's own PATH may lack the directories for administrators.
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _APART_TIMEOUT_S = 30.0
 _APART = (
     "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -72,7 +69,7 @@ def probe() -> HostFacts:
         gpu_devices=_gpu_devices(),
         gpu_library=results.get("nvml") is True,
         device_rule=_device_rule(layout),
-        runtimes=_runtimes(),
+        runtimes=programs.find_all(),
     )
 
 
@@ -253,11 +250,6 @@ def _device_rule(layout: cgroup.Layout) -> str:
             return ""
         return "bpf"
     return "v1" if _is_open(layout, "devices") else ""
-
-
-def _runtimes() -> dict[str, str]:
-    found = ((name, shutil.which(name, path=_SYSTEM_PATH)) for name in _RUNTIMES)
-    return {name: path for name, path in found if path is not None}
 
 
 def _gpu_devices() -> tuple[str, ...]:

@@ -76,18 +76,13 @@ class Kind:
 
 
 def arranged(plan: LaunchPlan, flavour: Flavour) -> list[dict[str, Any]]:
-    """The plan's steps with who does each here: `view`, `enter`, `runtime`, `outside`, `call` or `tool`.
-
-    Changing the root is the runtime's own. So is /proc, where it mounts one: it has another in sight then.
-    """
+    """The plan's steps with who does each here: `view`, `enter`, `runtime`, `outside`, `call` or `tool`."""
     steps = [step for step in plan.steps if step.name != "scratch"]
     scratch = next(step for step in plan.steps if step.name == "scratch")
     at = next(index for index, step in enumerate(steps) if step.name == "devices") + 1
     steps.insert(at, replace(scratch, where="view"))
     placed: list[dict[str, Any]] = []
     for step in steps:
-        if step.name == "enter_root" or (step.name == "proc_seed" and "proc" not in flavour.mounts):
-            continue
         placed.append({"name": step.name, "where": _where(step, flavour), "args": _args(step)})
         if step.name == "terminals" and step.args["tty"]:
             placed.append({"name": "terminals", "where": "call", "args": dict(step.args)})
@@ -96,7 +91,7 @@ def arranged(plan: LaunchPlan, flavour: Flavour) -> list[dict[str, Any]]:
 
 def _where(step: Step, flavour: Flavour) -> str:
     if step.where != "call":
-        return step.where
+        return "runtime" if step.name == "enter_root" else step.where
     if step.name in (*_OUTSIDE, *flavour.mounts):
         return "outside"
     if step.name in flavour.inside:
@@ -132,7 +127,7 @@ def launch(jail: Jail, zygote: Zygote, kind: Kind, state: Path) -> None:
     }
     data: Mapping[str, bytes] = {
         "plan": kind.content,
-        "config": flavour.config(kind, _place(jail.host_uid, flavour, mnt)),
+        "config": flavour.config(kind, place(jail.host_uid, flavour, mnt)),
         "seccomp": kind.program,
     }
     fds = {name: wire.memfd(name, content) for name, content in data.items()}
@@ -143,7 +138,7 @@ def launch(jail: Jail, zygote: Zygote, kind: Kind, state: Path) -> None:
             os.close(fd)
 
 
-def _place(host_uid: int | None, flavour: Flavour, mnt: str) -> Place:
+def place(host_uid: int | None, flavour: Flavour, mnt: str) -> Place:
     # An ordinary user is root in the namespace in which his view is built.
     ids = [(INSIDE_ID, 0 if host_uid is None else host_uid)]
     if flavour.has_root and host_uid is not None:

@@ -96,13 +96,15 @@ class Setting:
     """What a supervisor lends its launchers.
 
     `owner` names the supervisor, so that what it made and left behind can be told from a living one's
-    (`cgroup.owner_name`). `host_uids`: first uids of blocks that no account uses; None for an ordinary user.
+    (`cgroup.owner_name`). `host_uids`: first uids of blocks that no account uses; None for an ordinary user. `disks`:
+    the host's, as "major:minor".
     """
 
     state: Path
     tree: cgroup.Tree | None
     owner: str
     host_uids: Iterator[int] | None
+    disks: tuple[str, ...] = ()
 
 
 class Launcher(Protocol):

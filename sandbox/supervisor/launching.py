@@ -21,15 +21,17 @@ _Open = Callable[[Setting], Launcher]
 
 def _openers() -> dict[str, _Open]:
     """What opens each launcher beside the native one. Its module, and what that needs, is loaded only here."""
-    return {}
+    from sandbox.supervisor import attending
+
+    return {"oci": attending.open_oci, "nsjail": attending.open_nsjail}
 
 
 class Launchers:
     """The pools of one supervisor, by launcher. `close` ends them all."""
 
     def __init__(self, state: Path, tree: cgroup.Tree | None, disks: tuple[str, ...], owner: str) -> None:
-        self._setting = Setting(state, tree, owner, identity.host_uids())
-        self._native = Maker(self._setting, disks)
+        self._setting = Setting(state, tree, owner, identity.host_uids(), disks)
+        self._native = Maker(self._setting)
         self._pools = {self._native.name: Pool(self._native)}
         self._opening = asyncio.Lock()
 

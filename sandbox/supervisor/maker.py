@@ -55,10 +55,10 @@ class Maker:
 
     name = "jail"
 
-    def __init__(self, setting: Setting, disks: tuple[str, ...]) -> None:
+    def __init__(self, setting: Setting) -> None:
         self._state = setting.state
         self._tree = setting.tree
-        self._disks = disks
+        self._disks = setting.disks
         self._host_uids = setting.host_uids
         self._serial = itertools.count(1)
         self._filters: dict[str, bytes] = {}

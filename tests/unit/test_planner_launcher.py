@@ -141,3 +141,45 @@ def test_image_and_runtime_are_part_of_the_digest() -> None:
         for isolation in (IMAGE, {**IMAGE, "image": "debian:11"}, {**IMAGE, "runtime": "runsc"}, {})
     }
     assert len(digests) == 4
+
+
+def test_an_oci_runtime_is_the_first_that_is_here_and_is_named_on_record() -> None:
+    plan = planned({"launcher": "oci"}, runtimes=("crun", "runc"))
+    assert (plan.launcher, plan.isolation["runtime"], plan.isolation["grade"]) == ("oci", "crun", "namespaces")
+    assert planned({"launcher": "oci"}, runtimes=("runc",)).isolation["runtime"] == "runc"
+    assert planned({"launcher": "oci", "runtime": "runc"}, runtimes=("crun", "runc")).isolation["runtime"] == "runc"
+
+
+def test_a_runtime_that_is_not_installed_is_refused_with_the_command_that_installs_it() -> None:
+    error = refused({"launcher": "oci"})
+    assert "crun" in error.controls["launcher"]
+    assert "apt install crun" in error.hint
+    assert "nsjail" in refused({"launcher": "nsjail"}).controls["launcher"]
+    assert planned({"launcher": "nsjail"}, runtimes=("nsjail",)).launcher == "nsjail"
+
+
+def test_runc_is_refused_to_an_ordinary_user_and_crun_is_not() -> None:
+    facts = replace(FULL, uid=1000, is_root_like=False, runtimes={"runc": "/usr/sbin/runc", "crun": "/usr/bin/crun"})
+
+    def runtime(wanted: str, facts: HostFacts = facts) -> Any:
+        manifest = Manifest(isolation={"launcher": "oci", "runtime": wanted})
+        return decide(manifest, CALL, facts, Surroundings()).isolation["runtime"]
+
+    with pytest.raises(Unenforceable, match="only root can map two"):
+        runtime("runc")
+    assert runtime("crun") == runtime("") == "crun"
+    assert runtime("runc", replace(facts, uid=0)) == "runc"
+
+
+def test_runc_is_refused_where_there_is_no_unified_cgroup_tree() -> None:
+    facts = replace(FULL, cgroup_kind="v1", runtimes={"runc": "/usr/sbin/runc"})
+    manifest = Manifest(isolation={"launcher": "oci", "runtime": "runc"})
+    with pytest.raises(Unenforceable, match="v1 trees"):
+        decide(manifest, CALL, facts, Surroundings())
+    assert decide(manifest, CALL, replace(facts, cgroup_kind="hybrid"), Surroundings()).launcher == "oci"
+
+
+def test_landlock_stands_behind_an_oci_container_too() -> None:
+    plan = planned({"launcher": "oci", "required": ["landlock"]}, runtimes=("crun",))
+    assert plan.isolation["landlock_abi"] == FULL.landlock_abi
+    assert any(step.name == "landlock" for step in plan.steps)
