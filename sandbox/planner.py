@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandbox import planner_egress, planner_gpu, planner_http, planner_launcher
+from sandbox import planner_egress, planner_gpu, planner_http, planner_launcher, planner_workspace
 from sandbox.errors import Unenforceable
 from sandbox.host import Control, HostFacts
 from sandbox.launchers.declared import DECLARED, Choice
@@ -139,6 +139,8 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     limits = tuple(_with_scope(limit, manifest, call) for limit in _limits(manifest, table, facts))
     limits += planner_gpu.limits(manifest, facts)
     lacking |= planner_launcher.gaps(choice, manifest, call)
+    if choice.launcher == "jail" and (refusal := planner_workspace.refusal(call, facts)):
+        lacking["workspace"] = refusal
     _refuse_missing(manifest, (limits, table), facts, (lacking, fixes))
     view = declared.needs_image
     plan = LaunchPlan(
@@ -149,6 +151,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         env=_environment(manifest, call, around, own_search=not view),
         cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
         tty=call.tty,
+        notes=planner_workspace.notes(call, facts) if choice.launcher == "jail" else (),
         template=_template(manifest, call, around),
         egress=planner_egress.policy(manifest, around.extra_roots),
         seccomp={"name": "default", "deny_set_affinity": _mechanism(limits, "cpus") == "cpu affinity"},

@@ -43,6 +43,7 @@ def missing(feature: str) -> str:
         "cgroup2": (found.cgroup_kind == "v2", f"the cgroup tree is {found.cgroup_kind}"),
         "cgroup_v1": (any(control.where == "v1" for control in found.cgroups.values()), "no v1 controllers"),
         "overlay": (found.overlay_in_userns.ok, found.overlay_in_userns.reason),
+        "attributes": (found.tmpfs_attributes.ok, found.tmpfs_attributes.reason),
         "idmap": (found.idmapped_mounts.ok, found.idmapped_mounts.reason),
         "landlock": (found.landlock_abi > 0, "no Landlock"),
         "seccomp": (found.seccomp_filter, "no seccomp filters"),

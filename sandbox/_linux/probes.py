@@ -73,8 +73,9 @@ def _exists(name: str, nr: int, *args: int) -> bool:
 def try_features(*, as_root: bool) -> dict[str, object]:
     """Run the trials. A trial that could not be reached is absent.
 
-    0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `proc`, `nproc`, `tproxy`, `idmap`
-    (root only). `libseccomp` is a version or empty, `nvml` says whether the library loads.
+    0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `attributes` (user.* on tmpfs),
+    `proc`, `nproc`, `tproxy`, `idmap` (root only). `libseccomp` is a version or empty, `nvml` says whether the
+    library loads.
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -203,6 +204,7 @@ def _try_overlay(write_fd: int) -> None:
         os.mkdir(name)
     options = "lowerdir=lower,upperdir=upper,workdir=work,userxattr"
     _attempt(write_fd, "overlay", mounts.mount, "overlay", "merged", "overlay", 0, options)
+    _attempt(write_fd, "attributes", os.setxattr, "upper", "user.overlay.probe", b"y")
 
 
 def _run_as_init(write_fd: int) -> None:

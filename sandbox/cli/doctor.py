@@ -106,11 +106,19 @@ def _summary(facts: HostFacts) -> list[tuple[str, str]]:
         ("machine", f"{facts.cpu_count} cores, {facts.memory_bytes >> 20} MiB, swap {facts.swap_bytes >> 20} MiB"),
         ("cgroups", _cgroups(facts)),
         ("user namespaces", "work" if facts.user_namespaces.ok else facts.user_namespaces.reason),
-        ("overlay", "works in user namespaces" if facts.overlay_in_userns.ok else facts.overlay_in_userns.reason),
+        ("overlay", _overlay(facts)),
         ("seccomp", f"libseccomp {facts.libseccomp or 'missing'}, actions {' '.join(facts.seccomp_actions) or 'none'}"),
         ("landlock", f"ABI {facts.landlock_abi}" if facts.landlock_abi else "none"),
         ("gpu", _gpu(facts)),
     ]
+
+
+def _overlay(facts: HostFacts) -> str:
+    if not facts.overlay_in_userns.ok:
+        return facts.overlay_in_userns.reason
+    if facts.tmpfs_attributes.ok or facts.is_root_like:
+        return "works in user namespaces"
+    return "works in user namespaces, but directories cannot be removed in a cow workspace (needs Linux 6.6 or root)"
 
 
 def _gpu(facts: HostFacts) -> str:

@@ -53,6 +53,7 @@ class HostFacts:
     namespaces: Mapping[str, Feature] = field(default_factory=dict)
     proc_mount: Feature = _UNKNOWN
     overlay_in_userns: Feature = _UNKNOWN
+    tmpfs_attributes: Feature = _UNKNOWN
     idmapped_mounts: Feature = _UNKNOWN
     nproc_in_userns: Feature = _UNKNOWN
     tproxy: Feature = _UNKNOWN
@@ -101,6 +102,7 @@ class HostFacts:
             "user_namespaces",
             "proc_mount",
             "overlay_in_userns",
+            "tmpfs_attributes",
             "idmapped_mounts",
             "nproc_in_userns",
             "tproxy",

@@ -51,6 +51,7 @@ def probe() -> HostFacts:
         namespaces={name: _feature(results, name, "unshare", userns) for name in probes.NAMESPACES},
         proc_mount=_proc_mount(results, userns),
         overlay_in_userns=_feature(results, "overlay", "mount overlay", userns),
+        tmpfs_attributes=_feature(results, "attributes", "user.* attributes on tmpfs", userns),
         idmapped_mounts=_idmap(results, userns, is_root_like=is_root_like),
         nproc_in_userns=_nproc(results, userns),
         tproxy=_feature(results, "tproxy", "nf_tables with tproxy", userns),

@@ -23,6 +23,7 @@ import pytest
 import sandbox.runtime as runtime
 from sandbox import CallTimeout, LimitExceeded, ManifestError, Sandbox, ToolFailed, Unenforceable, sandboxed
 from sandbox.context import call_context
+from tests.helpers.escape import TIME_FACTOR
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -55,7 +56,7 @@ async def add_later(a: int, b: int) -> int:
     return a + b
 
 
-@sandboxed("python", wall_time="0.5s")
+@sandboxed("python", wall_time=f"{0.5 * TIME_FACTOR}s")
 def sleep(seconds: float) -> None:
     import time
 
@@ -225,7 +226,7 @@ def test_a_body_that_ends_its_process_is_a_failure() -> None:
 def test_limits_end_functions_too() -> None:
     assert sleep(0) is None
     with pytest.raises(CallTimeout) as caught:
-        sleep(30)
+        sleep(60)
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.record.ending.kind == "limit:wall_time"
 

@@ -40,7 +40,10 @@ TREE = {
     "hl": "h",
     "l": ("link", "mod"),
 }
-BOTH = [pytest.param("root", marks=pytest.mark.needs("root")), pytest.param("user", marks=pytest.mark.needs("overlay"))]
+BOTH = [
+    pytest.param("root", marks=pytest.mark.needs("root")),
+    pytest.param("user", marks=pytest.mark.needs("overlay", "attributes")),
+]
 
 
 @dataclass(frozen=True)

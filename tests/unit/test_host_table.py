@@ -26,6 +26,7 @@ FULL = HostFacts(
     namespaces=dict.fromkeys(("mount", "net", "ipc", "uts", "cgroup", "pid"), YES),
     proc_mount=YES,
     overlay_in_userns=YES,
+    tmpfs_attributes=YES,
     idmapped_mounts=YES,
     nproc_in_userns=YES,
     cgroup_kind="v2",
