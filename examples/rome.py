@@ -243,9 +243,9 @@ class Director:
         return planted, HOOK_RAN.exists()
 
     def _ask_for_gpu(self) -> bool:
-        """The polite way: a profile that asks for one. Refused means that nothing ran and that it is on record."""
+        """The polite way: a profile that asks for more than any host has. Nothing runs, and that is on record."""
         profile, record_file, ran = WORK / "gpu.toml", WORK / "gpu-asked.json", WORK / "gpu-ran"
-        profile.write_text(f'extends = "{PROFILE}"\n[gpu]\ncount = 1\n[filesystem]\nwrite = ["{WORK}"]\n')
+        profile.write_text(f'extends = "{PROFILE}"\n[gpu]\ncount = 64\n[filesystem]\nwrite = ["{WORK}"]\n')
         done = self._ours("run", "-p", str(profile), "--record", str(record_file), "--", "touch", str(ran))
         refused = read_record(record_file).get("ending", {}).get("kind") == "refused"
         return done.returncode == 125 and refused and not ran.exists()

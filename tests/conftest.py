@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from sandbox import host
+from sandbox.gpu import inventory
 from sandbox.host import HostFacts
 
 PROGRAMS = ("gcc", "git", "make", "node", "npm", "ssh", "ssh-keygen", "strace", "docker", "script", "java")
@@ -57,6 +58,9 @@ def missing(feature: str) -> str:
         name = feature.partition(":")[2]
         done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False)
         return "" if done.returncode == 0 else f"Python package {name} is not installed"
+    if feature == "nvml":
+        gpus = inventory.find()
+        return "no NVIDIA GPU" if gpus is None else str(gpus["trouble"])
     if feature in PROGRAMS:
         return "" if shutil.which(feature) else f"{feature} is not installed"
     raise ValueError(f"unknown feature {feature!r} in @needs")
