@@ -149,7 +149,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         limits=limits,
         argv=call.argv,
         env=_environment(manifest, call, around, own_search=not view),
-        cwd=call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME),
+        cwd=_directory(manifest, call),
         tty=call.tty,
         notes=planner_workspace.notes(call, facts) if choice.launcher == "jail" else (),
         template=_template(manifest, call, around),
@@ -361,7 +361,13 @@ def _template(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[
     if call.kind == "program":
         return {"function": False}
     env = _environment(manifest, call, around)
-    return {"function": True, "python": call.argv[0], "env": env, "preload": list(call.preload)}
+    python, preload = call.argv[0], list(call.preload)
+    return {"function": True, "python": python, "env": env, "cwd": _directory(manifest, call), "preload": preload}
+
+
+def _directory(manifest: Manifest, call: CallSpec) -> str:
+    """Where the call starts."""
+    return call.cwd or (call.workspace.jail_path if _has_workspace(manifest, call) else HOME)
 
 
 def _granted_paths(manifest: Manifest) -> dict[str, str]:

@@ -17,7 +17,7 @@ import json
 import os
 import signal
 
-from sandbox._jail import builder, pid1, runtimes, view
+from sandbox._jail import builder, runtimes, steps, view
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
 
@@ -35,9 +35,12 @@ _NAMESPACES = (
     ("ipc", syscalls.CLONE_NEWIPC),
     ("mnt", syscalls.CLONE_NEWNS),
 )
-_OUTSIDE = {name: pid1.STEPS[name] for name in ("proc", "queues", "user_limits", "loopback", "egress", "hostname")}
-_OUTSIDE["terminals"] = pid1.mount_terminals
-_ENTER = {name: pid1.STEPS[name] for name in ("affinity", "rlimits")}
+_OUTSIDE = {
+    name: steps.at_once(steps.STEPS[name])
+    for name in ("proc", "queues", "user_limits", "loopback", "egress", "hostname")
+}
+_OUTSIDE["terminals"] = steps.at_once(steps.mount_terminals)
+_ENTER = {name: steps.at_once(steps.STEPS[name]) for name in ("affinity", "rlimits")}
 
 
 def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
@@ -211,7 +214,7 @@ class _Attendant:
         """The steps that take privileges in the container's namespaces, carried out by a child that enters them."""
         launch = self.launch
         launch.step = "namespaces"
-        launch.fds["proc_sys"] = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        launch.proc_sys.value = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         opened = [
             (os.open(f"/proc/{container_pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC), flag)
             for name, flag in _NAMESPACES
@@ -229,7 +232,7 @@ class _Attendant:
                 os._exit(1)
             os.write(told_write, json.dumps([launch.applied, launch.notes]).encode())
             os._exit(0)
-        for fd in (told_write, launch.fds.pop("proc_sys"), *(fd for fd, _ in opened)):
+        for fd in (told_write, launch.proc_sys.value, *(fd for fd, _ in opened)):
             os.close(fd)
         with open(told_read, "rb") as file:
             told = file.read()

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 
-from sandbox._jail import pid1
+from sandbox._jail import pid1, steps
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import process
 
 STEPS = {
-    "terminals": pid1.open_terminal,
-    "keyring": pid1.keyring,
-    "landlock": pid1.landlock_rules,
-    "close_fds": pid1.close_fds,
-    "seccomp": pid1.seccomp_filter,
+    "terminals": steps.at_once(steps.open_terminal),
+    "keyring": steps.at_once(steps.keyring),
+    "landlock": steps.at_once(steps.landlock_rules),
+    "close_fds": steps.at_once(steps.close_fds),
+    "seccomp": steps.at_once(steps.seccomp_filter),
 }
 
 

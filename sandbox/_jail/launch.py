@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import socket
 
@@ -10,8 +11,10 @@ from sandbox._linux import process, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
+
+    from sandbox._linux.batch import Batch
 
 INSIDE_ID = 1000
 
@@ -42,6 +45,9 @@ class Launch:
         self.out_fds: dict[str, int] = {}
         # What runs inside, once there is a call: argv, env, cwd.
         self.call: dict[str, Any] = {}
+        # For steps that are made ready before it is known: which id our user namespace maps, and /proc/sys.
+        self.id_map = ctypes.create_string_buffer(_id_map(INSIDE_ID))
+        self.proc_sys = ctypes.c_long(-1)
 
     @property
     def root(self) -> str:
@@ -53,6 +59,17 @@ class Launch:
         """The jail's uid as seen from the namespace in which the view is built."""
         return self.own_id if self.host_uid is None else self.host_uid
 
+    def take_id(self, uid: int) -> None:
+        """The user that `uid` of the namespace above us is: the one inside."""
+        self.id_map.value = _id_map(uid)
+
+    def take_ready(self, ready: Iterable[tuple[str, Batch]]) -> None:
+        """Take steps that were made ready, in order."""
+        for name, batch in ready:
+            self.step = name
+            batch.run()
+            self.applied.append(name)
+
     def run_steps(self, where: str, handlers: Mapping[str, Callable[[Launch, dict[str, Any]], None]]) -> None:
         """Walk the plan's steps of one process, in order."""
         for step in self.plan["steps"]:
@@ -61,6 +78,11 @@ class Launch:
             self.step = step["name"]
             handlers[self.step](self, step["args"])
             self.applied.append(self.step)
+
+
+def _id_map(uid: int) -> bytes:
+    """One line of /proc/PID/uid_map, always of one length: the kernel passes over leading spaces."""
+    return b"%d %10d 1" % (INSIDE_ID, uid)
 
 
 def report_failure(launch: Launch, error: Exception) -> None:

@@ -15,12 +15,11 @@ import os
 import resource
 import select
 import signal
-import struct
 import termios
 
-from sandbox._jail import egress, places
+from sandbox._jail import steps
 from sandbox._jail.launch import INSIDE_ID, report_failure
-from sandbox._linux import landlock, mounts, process, seccomp, syscalls, wire
+from sandbox._linux import process, syscalls, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ EXTRA_FDS = (("request", 3), ("result", 4))
 _STDIO_MAX = 2
 # Signals whose handling this interpreter has changed; an ignored one would stay ignored across the exec.
 _OURS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
-CALL_NAMESPACES = syscalls.ALL_NAMESPACES & ~syscalls.CLONE_NEWPID
 
 
 def run(launch: Launch, release: int) -> None:
@@ -41,7 +39,8 @@ def run(launch: Launch, release: int) -> None:
     try:
         wait_for_release(launch, release)
         launch.out_fds = {}  # what the builder made, it hands over itself
-        launch.run_steps("call", STEPS)
+        launch.out_fds = {}  # what the builder made, it hands over itself
+        launch.take_ready(steps.make_ready(launch))
         park(launch)
         run_program(launch)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
@@ -72,198 +71,16 @@ def wait_for_release(launch: Launch, release: int) -> None:
         os._exit(1)
 
 
-def scratch(launch: Launch, args: dict[str, Any]) -> None:
-    """The private writable places, for a view that holds nothing of one call."""
-    places.scratch(launch, args, at=places.INSIDE, root="", owner=os.getuid())
-    mounts.unmount_detached(places.INSIDE)
-
-
-def namespaces(_launch: Launch, _args: dict[str, Any]) -> None:
-    """The remaining namespaces, under a user namespace of the call's own.
-
-    Every mount made so far is locked for it: with all capabilities of its own namespace it could not remount, move or
-    uncover any of them (mount_namespaces(7)). The cgroup namespace's root is the group that we are in by now.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    # A change of uid made us undumpable, and our own id maps belonged to the host's root then (proc(5)).
-    process.set_dumpable(dumpable=True)
-    syscalls.unshare(CALL_NAMESPACES)
-    for name, text in (
-        ("setgroups", b"deny"),
-        ("uid_map", b"%d %d 1" % (INSIDE_ID, uid)),
-        ("gid_map", b"%d %d 1" % (INSIDE_ID, gid)),
-    ):
-        fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, text)
-        finally:
-            os.close(fd)
-    process.set_dumpable(dumpable=False)
-
-
-def proc(launch: Launch, args: dict[str, Any]) -> None:
-    """The jail's own /proc over the host's, with what reaches the whole machine masked or read-only."""
-    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
-    mounts.mount("proc", "/proc", "proc", flags, "hidepid=2")
-    # For the step user_limits, which can be taken only in the call's own user namespace.
-    launch.fds["proc_sys"] = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    with os.scandir("/proc") as entries:
-        there = {entry.name: entry for entry in entries}
-    for name in args["read_only"]:
-        if name in there:
-            mounts.mount(f"/proc/{name}", f"/proc/{name}", "none", mounts.MS_BIND)
-            mounts.remount_read_only(f"/proc/{name}", more_flags=mounts.MS_NOEXEC)
-    for name in args["masked"]:
-        if name not in there:
-            continue
-        if there[name].is_dir(follow_symlinks=False):
-            mounts.mount("tmpfs", f"/proc/{name}", "tmpfs", flags | mounts.MS_RDONLY, "size=4k,nr_inodes=2,mode=555")
-        else:
-            # One call instead of four: the mount of /dev/null has its attributes already.
-            mounts.mount("/dev/null", f"/proc/{name}", "none", mounts.MS_BIND)
-
-
-def terminals(launch: Launch, args: dict[str, Any]) -> None:
-    """Pseudo-terminals of the jail's own; with a terminal asked for, its master goes out to the supervisor."""
-    mount_terminals(launch, args)
-    open_terminal(launch, args)
-
-
-def mount_terminals(_launch: Launch, _args: dict[str, Any]) -> None:
-    """A devpts of its own."""
-    options = "newinstance,ptmxmode=0666,mode=0620"
-    mounts.mount("devpts", "/dev/pts", "devpts", mounts.MS_NOSUID | mounts.MS_NOEXEC, options)
-
-
-def open_terminal(launch: Launch, args: dict[str, Any]) -> None:
-    """The call's terminal, where one is asked for, of the pseudo-terminals that are mounted."""
-    if args["tty"]:
-        master, slave = os.openpty()
-        os.set_inheritable(slave, False)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", args["rows"], args["columns"], 0, 0))
-        wire.send(launch.status, {"ev": "terminal", "fds": ["terminal"]}, [master])
-        os.close(master)
-        launch.fds["terminal"] = slave
-
-
-def user_limits(launch: Launch, args: dict[str, Any]) -> None:
-    """How much this user namespace may use of what the kernel counts per user; of user namespaces in it, none.
-
-    A second wall behind the filter. What a jail takes counts for whoever made it, too: without a limit of its own it
-    could take all of an ordinary user's inotify instances. Source: namespaces(7) on /proc/sys/user, inotify(7).
-    """
-    sys_fd = launch.fds.pop("proc_sys")
-    for name, value in args.items():
-        try:
-            fd = os.open(f"user/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=sys_fd)
-        except FileNotFoundError:
-            continue  # this kernel does not count it per user namespace
-        try:
-            os.write(fd, b"%d" % value)
-        finally:
-            os.close(fd)
-    os.close(sys_fd)
-
-
-def queues(_launch: Launch, _args: dict[str, Any]) -> None:
-    """The POSIX message queues of the jail's own ipc namespace, in sight, so that Landlock has a place to allow."""
-    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
-    mounts.mount("mqueue", "/dev/mqueue", "mqueue", flags)
-
-
-def loopback(_launch: Launch, _args: dict[str, Any]) -> None:
-    """The network namespace holds `lo` alone; bring it up, so that programs can talk to themselves."""
-    process.loopback_up()
-
-
-def hostname(_launch: Launch, args: dict[str, Any]) -> None:
-    process.set_host_name(args["name"])
-
-
-def keyring(launch: Launch, _args: dict[str, Any]) -> None:
-    """A session keyring of our own: keyrings belong to no namespace, the caller's would be inherited."""
-    if not process.join_new_session_keyring():
-        launch.notes.append("kernel keyrings are not available here")
-
-
-def affinity(_launch: Launch, args: dict[str, Any]) -> None:
-    """Whole cores, for hosts without a cpu controller; the filter then refuses sched_setaffinity."""
-    allowed = sorted(os.sched_getaffinity(0))
-    # Not the first ones for everybody: calls that run at once would crowd one core while the others idle.
-    first = int.from_bytes(os.urandom(2), "little") % len(allowed)
-    os.sched_setaffinity(0, (allowed * 2)[first : first + args["cores"]])
-
-
-def rlimits(_launch: Launch, args: dict[str, Any]) -> None:
-    for name, value in args.items():
-        number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.setrlimit(number, (value, value))
-
-
-def capabilities(launch: Launch, _args: dict[str, Any]) -> None:
-    process.drop_all_caps(launch.cap_last)
-
-
-def no_new_privs(_launch: Launch, _args: dict[str, Any]) -> None:
-    process.set_no_new_privs()
-
-
-def landlock_rules(_launch: Launch, args: dict[str, Any]) -> None:
-    """The second wall: the same paths again, as rules of this process and all its children (landlock(7))."""
-    landlock.restrict(args["rules"], args["abi"], missing_ok=True)
-
-
-def close_fds(launch: Launch, _args: dict[str, Any]) -> None:
-    """Close everything but the status channel, the terminal, and what goes out with the next message.
-
-    The tool's streams come later.
-    """
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for number in range(_STDIO_MAX + 1):
-        os.dup2(null, number)
-    keep = {fd for name, fd in launch.fds.items() if name in ("status", "terminal")} | {*launch.out_fds.values()}
-    first = _STDIO_MAX + 1
-    for fd in sorted(keep):
-        if fd > first:
-            syscalls.close_range(first, fd - 1)
-        first = max(first, fd + 1)
-    syscalls.close_range(first, 0xFFFFFFFF)
-
-
-def seccomp_filter(launch: Launch, _args: dict[str, Any]) -> None:
-    seccomp.install(launch.seccomp)
-
-
-STEPS = {
-    "scratch": scratch,
-    "proc": proc,
-    "terminals": terminals,
-    "namespaces": namespaces,
-    "user_limits": user_limits,
-    "queues": queues,
-    "loopback": loopback,
-    "egress": egress.egress,
-    "hostname": hostname,
-    "keyring": keyring,
-    "affinity": affinity,
-    "rlimits": rlimits,
-    "capabilities": capabilities,
-    "no_new_privs": no_new_privs,
-    "landlock": landlock_rules,
-    "close_fds": close_fds,
-    "seccomp": seccomp_filter,
-}
-
-
-def park(launch: Launch) -> None:
-    """Sealed: say so, and wait for the call. Without one (the supervisor closed the channel) the jail ends unused."""
+def tell_sealed(launch: Launch) -> None:
     sealed: dict[str, object] = {"ev": "sealed", "steps": launch.applied, "notes": launch.notes}
     wire.send(launch.status, {**sealed, "fds": [*launch.out_fds]}, [*launch.out_fds.values()])
     for fd in launch.out_fds.values():
         os.close(fd)
+
+
+def park(launch: Launch) -> None:
+    """Sealed: say so, and wait for the call. Without one (the supervisor closed the channel) the jail ends unused."""
+    tell_sealed(launch)
     while True:
         message, fds = wire.receive(launch.status)
         if message is None:

@@ -6,9 +6,11 @@ nothing of one call, and many calls can be born from it. Source: tmpfs(5).
 
 from __future__ import annotations
 
+import ctypes
 import os
 
-from sandbox._linux import mounts
+from sandbox._linux import mounts, syscalls
+from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,19 +22,27 @@ INSIDE = "/run/sandbox/scratch"
 _MODES = {"tmp": 0o1777, "var-tmp": 0o1777, "home": 0o700, "shm": 0o1777, "workspace": 0o755}
 
 
-def scratch(launch: Launch, args: dict[str, Any], *, at: str, root: str, owner: int) -> None:
+def scratch(launch: Launch, batch: Batch, args: dict[str, Any], *, at: str, root: str, owner: int) -> None:
     """Mount the tmpfs at `at` and bind its directories at their places below `root`, which exist."""
     flags = mounts.MS_NOSUID | mounts.MS_NODEV
-    mounts.mount("tmpfs", at, "tmpfs", flags, f"size={args['disk_bytes']},nr_inodes={args['inodes']},mode=755")
-    umask, is_other = os.umask(0), os.geteuid() != owner
+    batch.mount("tmpfs", at, "tmpfs", flags, f"size={args['disk_bytes']},nr_inodes={args['inodes']},mode=755")
+    umask, here = ctypes.c_long(), syscalls.AT_FDCWD
+    batch.add("umask", syscalls.number("umask"), 0, into=umask)
     for name, mode in _MODES.items():
-        os.mkdir(f"{at}/{name}", mode)
-        if is_other:
-            os.chown(f"{at}/{name}", owner, owner)
-    os.umask(umask)
+        path = batch.address(os.fsencode(f"{at}/{name}"))
+        batch.add(f"mkdir {at}/{name}", syscalls.number("mkdirat"), here, path, mode)
+        if os.geteuid() != owner:
+            batch.add(f"chown {at}/{name}", syscalls.number("fchownat"), here, path, owner, owner, 0)
+    batch.add("umask", syscalls.number("umask"), umask)
     for jail_path, name in args["directories"].items():
         # A plain bind has the attributes of the mount that it shows a part of: nosuid, nodev.
-        mounts.mount(f"{at}/{name}", root + jail_path, "none", mounts.MS_BIND)
-    launch.out_fds["scratch"] = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        batch.mount(f"{at}/{name}", root + jail_path, "none", mounts.MS_BIND)
+    _hand_out(launch, batch, "scratch", at)
     if "/workspace" in args["directories"]:
-        launch.out_fds["workspace"] = os.open(f"{at}/workspace", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _hand_out(launch, batch, "workspace", f"{at}/workspace")
+
+
+def _hand_out(launch: Launch, batch: Batch, name: str, path: str) -> None:
+    fd = ctypes.c_long(-1)
+    batch.open(path, os.O_RDONLY | os.O_DIRECTORY, into=fd)
+    batch.then(lambda: launch.out_fds.__setitem__(name, fd.value))

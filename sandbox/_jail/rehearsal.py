@@ -7,15 +7,15 @@ is written to.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
 import socket
 import sys
 
-from sandbox._jail import pid1, runner
-from sandbox._linux import landlock, mounts, seccomp, wire
+from sandbox._jail import function, pid1, runner
+from sandbox._linux import wire
+from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,58 +25,39 @@ if TYPE_CHECKING:
 
 # CPython specialises code that has run eight times; a few more settle its caches.
 ROUNDS = 12
-_MOUNTING = ("scratch", "proc", "terminals", "queues")
-_HARMLESS = ("hostname", "loopback", "keyring")
+_PR_GET_DUMPABLE = 3
 
 
-def rehearse(launch: Launch) -> None:
-    """Leaves nothing mounted or open. What the host refuses here it will refuse the first jail, which reports it."""
-    is_function = launch.plan["template"]["function"]
-    steps = {step["name"]: step["args"] for step in launch.plan["steps"] if step["where"] == "call"}
-    requests = _requests() if is_function else []
-    for _ in range(ROUNDS):
-        with contextlib.suppress(OSError):
-            _walk(launch, steps)
-        for request in requests:
-            runner.finish(request, os.open("/dev/null", os.O_WRONLY))
-
-
-def _walk(launch: Launch, steps: dict[str, Any]) -> None:
-    """The steps of a jail that can be taken back, or change nothing."""
+def rehearse(launch: Launch, rounds: int = ROUNDS) -> None:
+    """Leaves nothing mounted or open, and takes no step of a jail."""
+    batch = Batch()
+    for _ in range(20):
+        batch.prctl("PR_GET_DUMPABLE", _PR_GET_DUMPABLE)
     applied, status, fds = launch.applied, launch.status, launch.fds
-    launch.applied, launch.fds, launch.out_fds = [], {}, {}
-    mounted = []
-    try:
-        for name in _MOUNTING:
-            if name in steps:
-                pid1.STEPS[name](launch, {**steps[name], "tty": False} if name == "terminals" else steps[name])
-                mounted += _mounted_by(name, steps[name])
-        for name in _HARMLESS:
-            if name in steps:
-                pid1.STEPS[name](launch, steps[name])
-        if "landlock" in steps:
-            os.close(landlock.ruleset(steps["landlock"]["rules"], steps["landlock"]["abi"], missing_ok=True))
-        with contextlib.suppress(OSError):
-            seccomp.install(bytes(8))  # no program: refused
-        launch.run_steps("call", dict.fromkeys(pid1.STEPS, _nothing))
+    for _ in range(rounds):
+        launch.applied, launch.fds, launch.out_fds = [], {}, {}
+        launch.take_ready([("", batch)] * 4)
         _park(launch)
-    finally:
-        for fd in {*launch.fds.values(), *launch.out_fds.values()}:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        launch.applied, launch.status, launch.fds, launch.out_fds, launch.call = applied, status, fds, {}, {}
-        for place in reversed(mounted):
-            mounts.unmount_detached(place)
+        for fd in launch.fds.values():
+            os.close(fd)
+    launch.applied, launch.status, launch.fds, launch.call, launch.step = applied, status, fds, {}, "template"
 
 
-def _mounted_by(name: str, args: dict[str, Any]) -> list[str]:
-    if name == "scratch":
-        return list(args["directories"])
-    return {"proc": ["/proc"], "terminals": ["/dev/pts"], "queues": ["/dev/mqueue"]}[name]
-
-
-def _nothing(_launch: Launch, _args: dict[str, Any]) -> None:
-    return
+def rehearse_calls(seat: function.Seat, rounds: int = ROUNDS) -> None:
+    """Take calls as a parked function does, but for what cannot be taken back."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        for _ in range(rounds):
+            for request in _requests():
+                null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+                request_fd = wire.memfd("request", request)
+                socket.send_fds(ours, [function.USUAL_GO], [null, null, null, request_fd, null])
+                os.close(request_fd)
+                seat.status.value = theirs.fileno()
+                seat.wait()
+                runner.finish(seat.request(), null)
+                for fd in seat.fds.values():
+                    os.close(fd.value)
 
 
 def _park(launch: Launch) -> None:

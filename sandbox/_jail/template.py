@@ -22,9 +22,10 @@ import socket
 import sys
 import warnings
 
-from sandbox._jail import function, pid1, places, rehearsal
+from sandbox._jail import function, pid1, places, rehearsal, steps
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
-from sandbox._linux import mounts, process, syscalls, wire
+from sandbox._linux import mounts, pages, process, syscalls, wire
+from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def run(launch: Launch, release: int) -> None:
         settings = launch.plan["template"]
         if settings["function"]:
             _start_interpreter(launch, settings)
-        rehearsal.rehearse(launch)
-        _freeze()
-        _serve(launch)
+        _serve(launch, _prepare(launch))
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
     os._exit(1)
@@ -56,7 +55,9 @@ def _start_interpreter(launch: Launch, settings: dict[str, Any]) -> None:
     """Exec the caller's interpreter with its packages, keeping what making jails takes across the exec."""
     launch.step = "template"
     mounts.mount("proc", "/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
-    places.scratch(launch, _scratch(launch), at=places.INSIDE, root="", owner=os.getuid())
+    batch = Batch()
+    places.scratch(launch, batch, _scratch(launch), at=places.INSIDE, root="", owner=os.geteuid())
+    batch.run()
     mounts.unmount_detached(places.INSIDE)
     for fd in launch.out_fds.values():
         os.close(fd)
@@ -113,9 +114,7 @@ def main(text: str) -> None:
         # What the imports wrote goes with the places they had; each jail mounts its own over what is below.
         for place in ("/proc", *_scratch(launch)["directories"]):
             mounts.unmount_detached(place)
-        rehearsal.rehearse(launch)
-        _freeze()
-        _serve(launch)
+        _serve(launch, _prepare(launch))
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
     os._exit(1)
@@ -132,6 +131,39 @@ def _preload(launch: Launch, names: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
 
 
+class Prepared:
+    """What children need not work out: their steps, how a call is taken, which pages that writes to."""
+
+    def __init__(self, launch: Launch) -> None:
+        settings = launch.plan["template"]
+        self.steps = list(steps.make_ready(launch))
+        self.seat = function.Seat(settings) if settings["function"] else None
+        self.copies = Batch()
+
+
+def _prepare(launch: Launch) -> Prepared:
+    is_function = launch.plan["template"]["function"]
+    rehearsal.rehearse(launch)
+    if is_function:
+        rehearsal.rehearse_calls(function.Seat(launch.plan["template"]))
+    prepared = Prepared(launch)
+    _freeze()
+    if is_function:
+
+        def become_a_jail() -> None:
+            # Our own page table is shown to us only while we are dumpable (proc(5)).
+            process.set_dumpable(dumpable=True)
+            function.prepare()
+            rehearsal.rehearse(launch, rounds=1)
+
+        def take_a_call() -> None:
+            assert prepared.seat is not None
+            rehearsal.rehearse_calls(prepared.seat, rounds=1)
+
+        pages.add_copies(prepared.copies, pages.written_after_fork(become_a_jail, take_a_call))
+    return prepared
+
+
 def _freeze() -> None:
     """Children share our pages until somebody writes; a collection would write to all of them (gc.freeze)."""
     gc.collect()
@@ -140,11 +172,11 @@ def _freeze() -> None:
 
 
 class _Children:
-    """The jails that live: pid to the status channel on which their end is told."""
+    """The jails that live: pid to the descriptor of the status channel on which their end is told."""
 
     def __init__(self, *, is_function: bool) -> None:
         self.is_function = is_function
-        self.channels: dict[int, socket.socket] = {}
+        self.channels: dict[int, int] = {}
 
     def reap(self) -> None:
         while True:
@@ -165,14 +197,14 @@ class _Children:
                     "system_s": usage.ru_stime,
                     "maxrss_bytes": usage.ru_maxrss * 1024,
                 }
-            with channel, contextlib.suppress(OSError):
+            with socket.socket(fileno=channel) as status, contextlib.suppress(OSError):
                 # Fails when the supervisor gave this jail up: then nobody waits for its end.
-                wire.send(channel, message)
+                wire.send(status, message)
 
 
-def _serve(launch: Launch) -> None:
+def _serve(launch: Launch, prepared: Prepared) -> None:
     """Fork a jail for each request, until the supervisor closes the channel."""
-    children = _Children(is_function=launch.plan["template"]["function"])
+    children = _Children(is_function=prepared.seat is not None)
     own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
@@ -182,51 +214,50 @@ def _serve(launch: Launch) -> None:
     poller.register(launch.status, select.POLLIN)
     wire.send(launch.status, {"ev": "serving", "notes": launch.notes})
     while True:
-        ready = {fd for fd, _ in poller.poll()}
-        if wake_read in ready:
+        readable = [fd for fd, _ in poller.poll()]
+        if wake_read in readable:
             os.read(wake_read, 4096)
             children.reap()
-        if launch.status.fileno() in ready:
+        if launch.status.fileno() in readable:
             message, fds = wire.receive(launch.status)
             if message is None:
                 os._exit(0)
-            _fork(launch, message, fds, (children, own_pid_namespace))
+            pid = _fork(launch, message, fds, (prepared, own_pid_namespace))
+            children.channels[pid] = fds[-1]
 
 
-def _fork(launch: Launch, message: dict[str, Any], fds: list[int], own: tuple[_Children, int]) -> None:
-    children, own_pid_namespace = own
-    named = dict(zip(message["fds"], fds, strict=True))
-    channel = socket.socket(fileno=named["status"])
+def _fork(launch: Launch, message: dict[str, Any], fds: list[int], own: tuple[Prepared, int]) -> int:
+    """Make one jail; its pid. Of `fds` the groups' are closed here, the status channel, the last one, is kept."""
+    prepared, own_pid_namespace = own
     # The next child is the first process of a new pid namespace; afterwards our children are ours again.
     syscalls.unshare(syscalls.CLONE_NEWPID)
-    pid = os.fork()
+    pid = syscalls.fork()
     if pid == 0:
-        for other in children.channels.values():
-            other.detach()
-        children.channels.clear()
-        _become_jail(launch, named, channel, int(message["index"]))
-        os._exit(1)
+        _become_jail(launch, fds, int(message["index"]), prepared)
     syscalls.setns(own_pid_namespace, syscalls.CLONE_NEWPID)
-    children.channels[pid] = channel
-    for name, fd in named.items():
-        if name != "status":
-            os.close(fd)
+    for fd in fds[:-1]:
+        os.close(fd)
+    return pid
 
 
-def _become_jail(launch: Launch, named: dict[str, int], channel: socket.socket, index: int) -> None:
-    """In the child: join the call's group, take an own uid, finish the jail, park, run."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    launch.status.detach()
-    launch.status = channel
-    launch.fds = {"status": channel.fileno()}
-    # The supervisor gets it when we are sealed: from outside we have another pid.
-    launch.out_fds = {"pidfd": os.pidfd_open(os.getpid())}
+def _become_jail(launch: Launch, fds: list[int], index: int, prepared: Prepared) -> None:
+    """In the child: join the call's group, take an own uid, finish the jail, park, run. Does not return."""
     try:
         launch.step = "join_cgroup"
-        for name, fd in named.items():
-            if name.startswith("procs"):
-                os.write(fd, b"0")
+        launch.status.detach()
+        launch.status = socket.socket(fileno=fds[-1])
+        for fd in fds[:-1]:
+            os.write(fd, b"0")
+        # Only now: what is copied counts for the call.
+        prepared.copies.run()
+        syscalls.after_fork_in_child()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if prepared.seat is not None:
+            function.prepare()
+        launch.fds = {"status": fds[-1]}
+        # The supervisor gets it when we are sealed: from outside we have another pid.
+        launch.out_fds = {"pidfd": os.pidfd_open(os.getpid())}
         launch.step = "map_ids"
         if index:
             os.setresgid(INSIDE_ID + index, INSIDE_ID + index, INSIDE_ID + index)
@@ -234,10 +265,12 @@ def _become_jail(launch: Launch, named: dict[str, int], channel: socket.socket, 
         launch.step = "mount_namespace"
         syscalls.unshare(syscalls.CLONE_NEWNS)
         launch.applied += ["template", "join_cgroup", "map_ids"]
-        launch.run_steps("call", pid1.STEPS)
+        launch.take_id(INSIDE_ID + index)
+        launch.take_ready(prepared.steps)
+        if prepared.seat is not None:
+            pid1.tell_sealed(launch)
+            function.run(launch, prepared.seat)
         pid1.park(launch)
-        if launch.plan["template"]["function"]:
-            function.run(launch)
         pid1.run_program(launch)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)

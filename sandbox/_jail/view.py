@@ -15,6 +15,7 @@ import stat
 
 from sandbox._jail import cover, etc, inside, places, trust
 from sandbox._linux import mounts, syscalls
+from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def new_root(launch: Launch, args: dict[str, Any]) -> None:
 
 def scratch(launch: Launch, args: dict[str, Any]) -> None:
     """The private writable places, here where host paths are to be mounted below them."""
-    places.scratch(launch, args, at=f"{launch.mnt}/scratch", root=launch.root, owner=launch.owner)
+    batch = Batch()
+    places.scratch(launch, batch, args, at=f"{launch.mnt}/scratch", root=launch.root, owner=launch.owner)
+    batch.run()
 
 
 def system_view(launch: Launch, args: dict[str, Any]) -> None:

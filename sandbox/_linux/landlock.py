@@ -13,6 +13,8 @@ import os
 import stat
 from collections.abc import Iterable
 
+from sandbox._linux.batch import Batch
+
 # The same numbers on every architecture.
 _NR_CREATE_RULESET, _NR_ADD_RULE, _NR_RESTRICT_SELF = 444, 445, 446
 _CREATE_RULESET_VERSION = 1
@@ -172,6 +174,30 @@ def ruleset(
         os.close(fd)
         raise
     return fd
+
+
+def add_restrict(batch: Batch, rules: Iterable[tuple[str, Iterable[str]]], abi: int) -> None:
+    """The calls of `restrict` with `missing_ok`, for paths of the kind that they have now; leaves descriptors open."""
+    filesystem, _, scope = rights(abi)
+    fd = ctypes.c_long(-1)
+    attr = _RulesetAttr(filesystem, 0, scope)
+    size = ctypes.sizeof(attr)
+    batch.add("landlock_create_ruleset", _NR_CREATE_RULESET, batch.address(attr), size, 0, into=fd)
+    for path, access in rules:
+        allowed = 0
+        for name in access:
+            allowed |= ACCESS[name] & filesystem
+        if os.path.exists(path) and not os.path.isdir(path):
+            allowed &= _FILE_RIGHTS
+        if not allowed:
+            continue  # such as "ioctl" before ABI 5: the kernel refuses an empty rule (ENOMSG)
+        rule = _PathBeneathAttr(allowed, -1)
+        path_fd = ctypes.c_int.from_buffer(rule, _PathBeneathAttr.parent_fd.offset)
+        batch.open(path, os.O_PATH, into=path_fd, instead={errno.ENOENT: None})
+        # A rule for a path that is not there has the descriptor -1 (EBADF): it grants nothing.
+        args = (fd, _RULE_PATH_BENEATH, batch.address(rule), 0)
+        batch.add(f"landlock_add_rule {path}", _NR_ADD_RULE, *args, instead={errno.EBADF: None})
+    batch.add("landlock_restrict_self", _NR_RESTRICT_SELF, fd, 0)
 
 
 def _add_path(ruleset: int, target: str | int, allowed: int, *, missing_ok: bool) -> None:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import signal
 import socket
 import struct
 
 from sandbox._linux import syscalls
+from sandbox._linux.batch import Batch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -66,16 +70,23 @@ def last_cap() -> int:
 
 
 def drop_all_caps(highest: int) -> None:
-    """Give up every Linux capability in all five sets, for good.
+    """Give up every Linux capability in all five sets, for good."""
+    batch = Batch()
+    add_drop_all_caps(batch, highest)
+    batch.run()
+
+
+def add_drop_all_caps(batch: Batch, highest: int) -> None:
+    """The calls of `drop_all_caps`.
 
     The bounding set goes first (it needs CAP_SETPCAP), then securebits, ambient, and the rest in one capset.
     """
     for cap in range(highest + 1):
-        prctl("PR_CAPBSET_DROP", PR_CAPBSET_DROP, cap)
-    prctl("PR_CAP_AMBIENT", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    prctl("PR_SET_SECUREBITS", PR_SET_SECUREBITS, SECUREBITS_LOCKED)
-    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
-    syscalls.call("capset", syscalls.number("capset"), header, bytes(24))
+        batch.prctl("PR_CAPBSET_DROP", PR_CAPBSET_DROP, cap)
+    batch.prctl("PR_CAP_AMBIENT", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    batch.prctl("PR_SET_SECUREBITS", PR_SET_SECUREBITS, SECUREBITS_LOCKED)
+    header = batch.address(struct.pack("=Ii", CAPABILITY_VERSION_3, 0))
+    batch.add("capset", syscalls.number("capset"), header, batch.address(bytes(24)))
 
 
 def raise_ambient(caps: list[int]) -> None:
@@ -98,35 +109,46 @@ def set_no_new_privs() -> None:
     prctl("PR_SET_NO_NEW_PRIVS", PR_SET_NO_NEW_PRIVS, 1)
 
 
-def join_new_session_keyring() -> bool:
-    """Leave the inherited session keyring, which no namespace separates. False where the kernel has no keyrings."""
-    try:
-        syscalls.call("keyctl", syscalls.number("keyctl"), KEYCTL_JOIN_SESSION_KEYRING, 0)
-    except OSError as error:
-        # ENOSYS: no keyrings in this kernel, nothing to leave. EPERM comes from a filter around us which refuses
-        # keyctl altogether: the jail is refused it as well, by that same filter.
-        if error.errno in (errno.ENOSYS, errno.EPERM):
-            return False
-        raise
-    return True
+def add_new_session_keyring(batch: Batch, missing: Callable[[], object]) -> None:
+    """Leave the inherited session keyring, which no namespace separates; `missing` where the kernel has no keyrings."""
+    # ENOSYS: no keyrings in this kernel, nothing to leave. EPERM comes from a filter around us which refuses
+    # keyctl altogether: the jail is refused it as well, by that same filter.
+    instead = dict.fromkeys((errno.ENOSYS, errno.EPERM), missing)
+    batch.add("keyctl", syscalls.number("keyctl"), KEYCTL_JOIN_SESSION_KEYRING, 0, instead=instead)
 
 
 def loopback_up() -> None:
-    """Bring `lo` up in the current network namespace. Source: netdevice(7)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        request = struct.pack("16sh14x", b"lo", _IFF_UP)
-        try:
-            fcntl.ioctl(sock, _SIOCSIFFLAGS, request)
-        except OSError as error:
-            raise OSError(error.errno, f"ioctl SIOCSIFFLAGS lo: {error.strerror}") from error
+    """Bring `lo` up in the current network namespace."""
+    batch = Batch()
+    fd = add_loopback_up(batch)
+    batch.run()
+    os.close(fd.value)
 
 
-def set_host_name(name: str) -> None:
+def add_loopback_up(batch: Batch) -> ctypes.c_long:
+    """The calls of `loopback_up`; returns where the socket's descriptor will be, which stays open.
+
+    Source: netdevice(7).
+    """
+    fd = ctypes.c_long(-1)
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+    batch.add("socket", syscalls.number("socket"), int(socket.AF_INET), int(kind), 0, into=fd)
+    request = batch.address(struct.pack("16sh14x", b"lo", _IFF_UP))
+    batch.add("ioctl SIOCSIFFLAGS lo", syscalls.number("ioctl"), fd, _SIOCSIFFLAGS, request)
+    return fd
+
+
+def add_host_name(batch: Batch, name: str) -> None:
     """sethostname(2) in the current UTS namespace, and an empty NIS domain name."""
-    socket.sethostname(name)
-    if _libc.setdomainname(b"(none)", 6) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"setdomainname: {os.strerror(code)}")
+    text = name.encode()
+    batch.add("sethostname", syscalls.number("sethostname"), batch.address(text), len(text))
+    batch.add("setdomainname", syscalls.number("setdomainname"), batch.address(b"(none)"), 6)
+
+
+def add_limit(batch: Batch, name: str, resource_nr: int, value: int) -> None:
+    """setrlimit(2), both the soft and the hard one."""
+    pair = batch.address(struct.pack("=QQ", value, value))
+    batch.add(f"prlimit {name}", syscalls.number("prlimit64"), 0, resource_nr, pair, 0)
 
 
 def start_time(pid: int) -> int:

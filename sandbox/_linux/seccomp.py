@@ -9,6 +9,8 @@ import ctypes
 import errno
 import os
 
+from sandbox._linux.batch import Batch
+
 _NUMBERS = {"x86_64": 317, "aarch64": 277}
 
 _MACHINE = os.uname().machine
@@ -67,9 +69,7 @@ def install(
     Raises OSError: EACCES without the precondition, EINVAL for a broken program or an unknown flag, ESRCH when a
     thread cannot be brought along, EBUSY when a listener is there already, ENOMEM for too many filters.
     """
-    count, rest = divmod(len(program), _INSTRUCTION_BYTES)
-    if rest or not 0 < count <= _MAX_INSTRUCTIONS:
-        raise OSError(errno.EINVAL, f"seccomp SET_MODE_FILTER: {len(program)} bytes are no BPF program")
+    count = _count(program)
     flags = (
         FLAG_NEW_LISTENER * notify
         # With a listener the return value is its fd, so a thread that cannot follow is reported as ESRCH.
@@ -81,6 +81,21 @@ def install(
     prog = _Program(count, ctypes.cast(instructions, ctypes.c_void_p))
     result = _call("seccomp SET_MODE_FILTER", SET_MODE_FILTER, flags, ctypes.byref(prog))
     return result if notify else None
+
+
+def add_install(batch: Batch, program: bytes) -> None:
+    """The call that installs `program` as `install` does, without any flag."""
+    count = _count(program)
+    prog = _Program(count, batch.address(program))
+    number = _number("seccomp SET_MODE_FILTER")
+    batch.add("seccomp SET_MODE_FILTER", number, SET_MODE_FILTER, 0, batch.address(prog))
+
+
+def _count(program: bytes) -> int:
+    count, rest = divmod(len(program), _INSTRUCTION_BYTES)
+    if rest or not 0 < count <= _MAX_INSTRUCTIONS:
+        raise OSError(errno.EINVAL, f"seccomp SET_MODE_FILTER: {len(program)} bytes are no BPF program")
+    return count
 
 
 def probe() -> dict[str, object]:
@@ -114,11 +129,15 @@ def _takes(operation: int, flags: int, argument: object) -> bool:
     return True
 
 
-def _call(name: str, operation: int, flags: int, argument: object) -> int:
+def _number(name: str) -> int:
     number = _NUMBERS.get(_MACHINE)
     if number is None:
         raise OSError(errno.ENOSYS, f"{name}: unknown architecture {_MACHINE}")
-    result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_uint(operation), ctypes.c_uint(flags), argument)
+    return number
+
+
+def _call(name: str, operation: int, flags: int, argument: object) -> int:
+    result: int = _libc.syscall(ctypes.c_long(_number(name)), ctypes.c_uint(operation), ctypes.c_uint(flags), argument)
     if result == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")

@@ -1,7 +1,7 @@
 """System calls that Python's os module lacks, by number through libc's syscall(2). No policy.
 
 Every function raises OSError whose text names the system call. Numbers above 423 are shared by all architectures;
-the few older ones differ and stand in `_NUMBERS`. Source: the kernel's syscall tables, and the man page of each call.
+the few older ones differ and stand in `_OLDER`. Source: the kernel's syscall tables, and the man page of each call.
 """
 
 from __future__ import annotations
@@ -14,10 +14,35 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _long = ctypes.c_long
 
-_NUMBERS = {
-    "x86_64": {"pivot_root": 155, "unshare": 272, "keyctl": 250, "capset": 126, "setns": 308},
-    "aarch64": {"pivot_root": 41, "unshare": 97, "keyctl": 219, "capset": 91, "setns": 268},
+# Name -> number on x86_64, on aarch64.
+_OLDER = {
+    "capset": (126, 91),
+    "chdir": (80, 49),
+    "dup3": (292, 24),
+    "fchownat": (260, 54),
+    "ioctl": (16, 29),
+    "keyctl": (250, 219),
+    "madvise": (28, 233),
+    "mkdirat": (258, 34),
+    "mount": (165, 40),
+    "openat": (257, 56),
+    "pivot_root": (155, 41),
+    "pread64": (17, 67),
+    "prctl": (157, 167),
+    "prlimit64": (302, 261),
+    "recvmsg": (47, 212),
+    "setdomainname": (171, 162),
+    "sethostname": (170, 161),
+    "setns": (308, 268),
+    "setresgid": (119, 149),
+    "setresuid": (117, 147),
+    "socket": (41, 198),
+    "umask": (95, 166),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "write": (1, 64),
 }
+_COLUMNS = {"x86_64": 0, "aarch64": 1}
 NR_PIDFD_SEND_SIGNAL = 424
 NR_OPEN_TREE = 428
 NR_MOVE_MOUNT = 429
@@ -51,10 +76,10 @@ _MACHINE = os.uname().machine
 
 def number(name: str) -> int:
     """The number of an older system call on this machine. Raises OSError (ENOSYS) on an unknown architecture."""
-    table = _NUMBERS.get(_MACHINE)
-    if table is None:
+    column = _COLUMNS.get(_MACHINE)
+    if column is None:
         raise OSError(38, f"{name}: unknown architecture {_MACHINE}")
-    return table[name]
+    return _OLDER[name][column]
 
 
 def call(name: str, nr: int, *args: object) -> int:
@@ -90,6 +115,27 @@ def close_range(first: int, last: int, flags: int = 0) -> None:
 def pidfd_kill(pidfd: int, signal_nr: int) -> None:
     """Signal the very process that `pidfd` was opened for, never one that reuses its number."""
     call("pidfd_send_signal", NR_PIDFD_SEND_SIGNAL, pidfd, signal_nr, 0, 0)
+
+
+def fork() -> int:
+    """fork(3) with glibc's handlers; Python's own wait in the child for `after_fork_in_child`, which has to follow.
+
+    Only for single-threaded processes: until then locks are as they were.
+    """
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid: int = _libc.fork()
+    if pid == 0:
+        return 0
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"fork: {os.strerror(code)}")
+    return pid
+
+
+def after_fork_in_child() -> None:
+    """What Python does in each child: locks made anew, `random` seeded, threads forgotten."""
+    ctypes.pythonapi.PyOS_AfterFork_Child()
 
 
 class _CloneArgs(ctypes.Structure):

@@ -90,6 +90,9 @@ class Maker:
         """A jail from a template that serves. Raises OSError when the template is gone."""
         base = template.host_uid
         jail = self._new(kind, None if base is None else base + index)
+        settings = kind.plan.template or {}
+        if settings.get("function"):
+            jail.usual = (settings["env"], settings["cwd"])
         try:
             jail.launch_from(template, 0 if base is None else index)
         except BaseException:
