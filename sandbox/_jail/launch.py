@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import socket
 
 from sandbox._linux import process, wire
+from sandbox._linux.batch import Buffer, slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Launch:
         # What runs inside, once there is a call: argv, env, cwd.
         self.call: dict[str, Any] = {}
         # For steps that are made ready before it is known: which id our user namespace maps, and /proc/sys.
-        self.id_map = ctypes.create_string_buffer(_id_map(INSIDE_ID))
-        self.proc_sys = ctypes.c_long(-1)
+        self.id_map = Buffer(_id_map(INSIDE_ID))
+        self.proc_sys = slot()
 
     @property
     def root(self) -> str:
@@ -61,7 +61,7 @@ class Launch:
 
     def take_id(self, uid: int) -> None:
         """The user that `uid` of the namespace above us is: the one inside."""
-        self.id_map.value = _id_map(uid)
+        self.id_map.put(_id_map(uid))
 
     def take_ready(self, ready: Iterable[tuple[str, Batch]]) -> None:
         """Take steps that were made ready, in order."""

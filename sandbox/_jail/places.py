@@ -6,11 +6,10 @@ nothing of one call, and many calls can be born from it. Source: tmpfs(5).
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from sandbox._linux import mounts, syscalls
-from sandbox._linux.batch import Batch
+from sandbox._linux.batch import Batch, slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def scratch(launch: Launch, batch: Batch, args: dict[str, Any], *, at: str, root
     """Mount the tmpfs at `at` and bind its directories at their places below `root`, which exist."""
     flags = mounts.MS_NOSUID | mounts.MS_NODEV
     batch.mount("tmpfs", at, "tmpfs", flags, f"size={args['disk_bytes']},nr_inodes={args['inodes']},mode=755")
-    umask, here = ctypes.c_long(), syscalls.AT_FDCWD
+    umask, here = slot(), syscalls.AT_FDCWD
     batch.add("umask", syscalls.number("umask"), 0, into=umask)
     for name, mode in _MODES.items():
         path = batch.address(os.fsencode(f"{at}/{name}"))
@@ -43,6 +42,6 @@ def scratch(launch: Launch, batch: Batch, args: dict[str, Any], *, at: str, root
 
 
 def _hand_out(launch: Launch, batch: Batch, name: str, path: str) -> None:
-    fd = ctypes.c_long(-1)
+    fd = slot()
     batch.open(path, os.O_RDONLY | os.O_DIRECTORY, into=fd)
     batch.then(lambda: launch.out_fds.__setitem__(name, fd.value))

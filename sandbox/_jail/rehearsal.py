@@ -53,11 +53,11 @@ def rehearse_calls(seat: function.Seat, rounds: int = ROUNDS) -> None:
                 request_fd = wire.memfd("request", request)
                 socket.send_fds(ours, [function.USUAL_GO], [null, null, null, request_fd, null])
                 os.close(request_fd)
-                seat.status.value = theirs.fileno()
+                seat.inbox.socket_fd.value = theirs.fileno()
                 seat.wait()
                 runner.finish(seat.request(), null)
-                for fd in seat.fds.values():
-                    os.close(fd.value)
+                for index in range(len(function.FDS)):
+                    os.close(seat.inbox.fd(index))
 
 
 def _park(launch: Launch) -> None:

@@ -31,6 +31,31 @@ _syscall.argtypes = (ctypes.c_long,) * _ARGUMENTS
 _OPEN_WRITE = os.O_WRONLY | os.O_CLOEXEC
 
 
+def slot(value: int = -1) -> ctypes.c_long:
+    """A number that is known only when the calls are made."""
+    return ctypes.c_long(value)
+
+
+class Buffer:
+    """Bytes at one place. `data` is what is there at first."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._memory = ctypes.create_string_buffer(data)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._memory)
+
+    def get(self, size: int) -> bytes:
+        """The first `size` bytes."""
+        return ctypes.string_at(self._memory, size)
+
+    def put(self, data: bytes) -> None:
+        """Precondition: no longer than it is."""
+        ctypes.memmove(self._memory, data, len(data))
+
+
 class Batch:
     """Calls in their order. `run` makes them; the first that fails ends it.
 
@@ -61,7 +86,7 @@ class Batch:
         """What takes Python."""
         self._calls.append((None, action, None, ""))
 
-    def address(self, data: bytes | ctypes.Structure | ctypes.Array[ctypes.c_char]) -> int:
+    def address(self, data: bytes | ctypes.Structure) -> int:
         """Where `data` (with a NUL behind it if it is bytes) stays while this batch does."""
         buffer = ctypes.create_string_buffer(data) if isinstance(data, bytes) else data
         self._kept.append(buffer)
@@ -114,18 +139,18 @@ class Batch:
     def write(
         self,
         path: str,
-        data: bytes | ctypes.Array[ctypes.c_char],
+        data: bytes | Buffer,
         *,
         at: Number = syscalls.AT_FDCWD,
         optional: bool = False,
     ) -> None:
         """Write a control file and leave it open until `close_fds`. `optional`: it need not be there (ENOENT)."""
-        fd = ctypes.c_long(-1)
-        size = len(data) if isinstance(data, bytes) else ctypes.sizeof(data) - 1
+        fd = slot()
         self.open(path, os.O_WRONLY, into=fd, at=at, instead={2: None} if optional else None)
         # Without the file the descriptor is -1, and the write says EBADF.
         instead = {9: None} if optional else None
-        self.add(f"write {path}", syscalls.number("write"), fd, self.address(data), size, instead=instead)
+        address, size = (data.address, data.size) if isinstance(data, Buffer) else (self.address(data), len(data))
+        self.add(f"write {path}", syscalls.number("write"), fd, address, size, instead=instead)
 
     def prctl(self, name: str, option: int, first: int = 0, second: int = 0) -> None:
         self.add(f"prctl {name}", syscalls.number("prctl"), option, first, second)

@@ -294,7 +294,10 @@ def test_calls_go_on_after_a_template_was_killed(own: Sandbox, kind: str) -> Non
 
 def test_calls_go_on_after_builders_were_killed(own: Sandbox) -> None:
     until_warm(lambda: own.run(["true"]))
+    others = below(zygote(own))
     kill_all(children(zygote(own)))
+    # Their jails die with them, which takes a moment. A call that is in one by then would end with it.
+    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in others))
     for _ in range(5):
         assert own.run(["true"]).ok
     until_warm(lambda: own.run(["true"]))
