@@ -15,6 +15,7 @@ demo: venv ## what ROME did, first without our jail, then inside it; then a CSV 
 
 bench: venv ## what a call costs here, beside other sandboxes (bench/install-peers installs some)
 	.venv/bin/sandbox bench $(BENCH)
+	.venv/bin/python bench/egress.py $(EGRESS_BENCH)
 
 test: venv ## all tests; as root also the user-mode ones as an ordinary user
 	@scripts/need ssh-keygen git gcc make >/dev/null

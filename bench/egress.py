@@ -1,9 +1,10 @@
-"""What the egress gateway costs: connect and first byte, throughput, CPU, beside direct loopback and other ways out.
+"""What the egress gateway costs, beside direct loopback and other ways out of a namespace, in one interleaved run.
 
-All of it runs in network namespaces of its own, where every address is local: no packet goes to a real host. Run it as
-root to see veth; slirp4netns and pasta are measured where they are installed (Debian: slirp4netns, passt).
+Connect and first byte, throughput with one flow and with sixteen, processor time, and what an allowlist adds to the
+start of a call. All of it runs in network namespaces of its own, where every address is local: no packet goes to a real
+host. veth + NAT wants root; slirp4netns and pasta are measured where they are installed (`bench/install-peers`).
 
-    python bench/egress.py [--mb 1024] [--json]
+    python bench/egress.py [--rounds 5] [--mb 512] [--connects 300] [--starts 100] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import multiprocessing
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +33,49 @@ from tests.helpers.net_world import run_in_world
 
 TARGET = "93.184.216.34"
 NAME = "www.example.test"
+LIFETIME_S = 900
+PEER, GATE = "10.9.0.2", "10.9.0.1"
+# The client measures itself and prints one line: microseconds of every connect, or seconds and own processor time.
 CLIENT = r"""
 import json, socket, sys, threading, time
-host, size = socket.gethostbyname(sys.argv[1]), int(sys.argv[2])
-buffer = [bytearray(1 << 20) for _ in range(16)]
-def connect(count):
-    spent = []
-    for _ in range(count):
-        start = time.perf_counter()
-        with socket.socket() as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect((host, 7)); sock.send(b"x"); sock.recv(1)
-            spent.append(time.perf_counter() - start)
-    spent.sort()
-    return [spent[len(spent) // 2] * 1e6, spent[len(spent) // 10] * 1e6]
-def fetch(index, size):
+host, what, count, size = socket.gethostbyname(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+def connect():
+    start = time.perf_counter()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.connect((host, 7)); sock.send(b"x"); sock.recv(1)
+        return (time.perf_counter() - start) * 1e6
+def fetch(size):
+    buffer = bytearray(1 << 20)
     with socket.create_connection((host, 80)) as sock:
         sock.sendall(b"%d\n" % size)
         while size > 0:
-            got = sock.recv_into(buffer[index])
+            got = sock.recv_into(buffer)
             if not got: raise SystemExit("cut short")
             size -= got
-def rate(flows):
-    start = time.perf_counter()
-    threads = [threading.Thread(target=fetch, args=(index, size // flows)) for index in range(flows)]
+if what == "connect":
+    for _ in range(20): connect()
+    print(json.dumps([connect() for _ in range(count)]))
+else:
+    fetch(1 << 20)
+    start, used = time.perf_counter(), time.process_time()
+    threads = [threading.Thread(target=fetch, args=(size // count,)) for _ in range(count)]
     [thread.start() for thread in threads]; [thread.join() for thread in threads]
-    return size / (time.perf_counter() - start) / 1e6
-connect(50)
-print(json.dumps({"connect_us": connect(500), "one_mb_s": rate(1), "sixteen_mb_s": rate(16)}))
+    print(json.dumps([time.perf_counter() - start, time.process_time() - used]))
 """
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to the server. `run` starts the client there; `relay_pid` is the process that carries bytes, or 0."""
+
+    name: str
+    run: Callable[[list[str]], str]
+    relay_pid: int = 0
+
+
+class Unmeasured(Exception):
+    """This way is not there: why."""
 
 
 def serve() -> None:
@@ -93,54 +110,51 @@ def serve() -> None:
     accept(80, send)
 
 
-def cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> tuple[float, float]:
+    """User and system time of a process, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    tick = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / tick, int(fields[12]) / tick
 
 
-def find_process(word: bytes) -> int:
-    """A process of this world, which others on the host are not in."""
+def gateway_pid() -> int:
+    """The gateway of this world."""
+    here = os.stat("/proc/self/ns/net").st_ino
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            here = os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
-            if here and word in Path(f"/proc/{pid}/cmdline").read_bytes():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"sandbox.egress.gateway" in command and os.stat(f"/proc/{pid}/ns/net").st_ino == here:
                 return int(pid)
         except OSError:
             continue
-    return -1
-
-
-def measured(run: Callable[[], str], relay: Callable[[], int], size: int) -> dict[str, Any]:
-    pid = relay()
-    before = cpu_s(pid) if pid > 0 else 0.0
-    found: dict[str, Any] = json.loads(run())
-    if pid > 0:
-        found["relay_cpu_s_per_gb"] = (cpu_s(pid) - before) / (2 * size / 1e9)
-    return found
-
-
-def direct(size: int) -> dict[str, Any]:
-    argv = [sys.executable, "-c", CLIENT, TARGET, str(size)]
-    return measured(lambda: output(argv), lambda: -1, size)
+    # Another uid's process is not looked into by an ordinary user; then its time is not known.
+    return 0
 
 
 def output(argv: list[str]) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
-def gateway(size: int) -> dict[str, Any]:
+def direct(_stack: ExitStack) -> Way:
+    return Way("direct loopback", lambda words: output([sys.executable, "-c", CLIENT, TARGET, *words]))
+
+
+SETTINGS: dict[str, Any] = {"download_max": "unlimited", "cpus": 16.0, "wall_time": "300s", "memory": "1GiB"}
+
+
+def gateway(stack: ExitStack) -> Way:
     from sandbox import Sandbox
 
-    settings: dict[str, Any] = {"download_max": "unlimited", "cpus": 16.0, "wall_time": "300s", "memory": "1GiB"}
-    with Sandbox("python", allow_hosts=[f"{NAME}:7", f"{NAME}:80"], **settings) as box:
-        box.run(["true"])
+    box = stack.enter_context(Sandbox("python", allow_hosts=[f"{NAME}:7", f"{NAME}:80"], **SETTINGS))
+    box.run(["true"])
 
-        def run() -> str:
-            outcome = box.run(["python3", "-c", CLIENT, NAME, str(size)])
-            assert outcome.ok, outcome.stderr.decode()
-            return outcome.text
+    def run(words: list[str]) -> str:
+        outcome = box.run(["python3", "-c", CLIENT, NAME, *words])
+        if not outcome.ok:
+            raise Unmeasured(outcome.stderr.decode()[-300:])
+        return outcome.text
 
-        return measured(run, lambda: find_process(b"sandbox.egress.gateway"), size)
+    return Way("this gateway", run, gateway_pid())
 
 
 @contextmanager
@@ -156,24 +170,34 @@ def other_namespace() -> Iterator[int]:
             child.kill()
 
 
-def inside(pid: int, size: int) -> list[str]:
-    enter = ["nsenter", "-t", str(pid), "-U", "-n", "--preserve-credentials"]
-    return [*enter, sys.executable, "-c", CLIENT, TARGET, str(size)]
+@contextmanager
+def running(argv: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, **options) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
-def slirp4netns(size: int) -> dict[str, Any]:
-    with other_namespace() as pid:
-        argv = ["slirp4netns", "--configure", "--mtu=65520", "--ready-fd=1", str(pid), "tap0"]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as relay:
-            assert relay.stdout is not None
-            relay.stdout.read(1)
-            try:
-                return measured(lambda: output(inside(pid, size)), lambda: relay.pid, size)
-            finally:
-                relay.kill()
+def entering(pid: int) -> list[str]:
+    return ["nsenter", "-t", str(pid), "-U", "-n", "--preserve-credentials"]
 
 
-def pasta(size: int) -> dict[str, Any]:
+def inside(pid: int) -> Callable[[list[str]], str]:
+    return lambda words: output([*entering(pid), sys.executable, "-c", CLIENT, TARGET, *words])
+
+
+def slirp4netns(stack: ExitStack) -> Way:
+    pid = stack.enter_context(other_namespace())
+    argv = ["slirp4netns", "--configure", "--mtu=65520", "--ready-fd=1", str(pid), "tap0"]
+    relay = stack.enter_context(running(argv, stdout=subprocess.PIPE))
+    assert relay.stdout is not None
+    if not relay.stdout.read(1):
+        raise Unmeasured("slirp4netns did not start")
+    return Way("slirp4netns", inside(pid), relay.pid)
+
+
+def pasta(stack: ExitStack) -> Way:
     """It copies an interface with a default route, so the world gets one that leads nowhere."""
     for line in (
         "link add out0 type veth peer name out1",
@@ -182,95 +206,173 @@ def pasta(size: int) -> dict[str, Any]:
         "addr add 192.0.2.2/24 dev out0",
         "route add default via 192.0.2.1 dev out0",
     ):
-        subprocess.run(["ip", *line.split()], check=True)
-    with other_namespace() as pid:
-        argv = [
-            "pasta",
-            "-f",
-            "-q",
-            *(["--runas", "0:0"] if os.geteuid() == 0 else []),
-            "--config-net",
-            "-t",
-            "none",
-            "-u",
-            "none",
-            str(pid),
-        ]
-        with subprocess.Popen(argv, stderr=subprocess.PIPE) as relay:
-            time.sleep(1)
-            assert relay.poll() is None, relay.stderr.read() if relay.stderr else ""
-            try:
-                return measured(lambda: output(inside(pid, size)), lambda: relay.pid, size)
-            finally:
-                relay.kill()
+        output(["ip", *line.split()])
+    pid = stack.enter_context(other_namespace())
+    as_root = ["--runas", "0:0"] if os.geteuid() == 0 else []
+    ports = ["-t", "none", "-u", "none"]
+    relay = stack.enter_context(running(["pasta", "-f", "-q", *as_root, "--config-net", *ports, str(pid)]))
+    time.sleep(1)
+    if relay.poll() is not None:
+        raise Unmeasured(f"pasta ended with status {relay.returncode}")
+    return Way("pasta", inside(pid), relay.pid)
 
 
-def veth(size: int) -> dict[str, Any]:
-    """A pair of interfaces, routed by the kernel; what it takes to judge anything is not in it."""
-    with other_namespace() as pid:
-        enter = ["nsenter", "-t", str(pid), "-U", "-n", "--preserve-credentials"]
-        for line in (
-            f"link add v0 type veth peer name v1 netns {pid}",
-            "link set v0 up",
-            "addr add 10.9.0.1/24 dev v0",
-        ):
-            subprocess.run(["ip", *line.split()], check=True)
-        for line in (
-            "link set lo up",
-            "link set v1 up",
-            "addr add 10.9.0.2/24 dev v1",
-            "route add default via 10.9.0.1",
-        ):
-            subprocess.run([*enter, "ip", *line.split()], check=True)
-        return measured(lambda: output(inside(pid, size)), lambda: -1, size)
+def veth(stack: ExitStack) -> Way:
+    """A pair of interfaces and a translated address, all in the kernel; nothing there judges anything."""
+    pid = stack.enter_context(other_namespace())
+    enter = entering(pid)
+    for line in (f"link add v0 type veth peer name v1 netns {pid}", "link set v0 up", f"addr add {GATE}/24 dev v0"):
+        output(["ip", *line.split()])
+    for line in ("link set lo up", "link set v1 up", f"addr add {PEER}/24 dev v1", f"route add default via {GATE}"):
+        output([*enter, "ip", *line.split()])
+    for line in (
+        "add table ip bench",
+        "add chain ip bench input { type nat hook input priority 100 ; }",
+        f"add rule ip bench input iifname v0 snat to {GATE}",
+    ):
+        output(["nft", *line.split()])
+    return Way("veth + NAT", inside(pid))
 
 
-WAYS: dict[str, tuple[Callable[[int], dict[str, Any]], tuple[str, ...]]] = {
-    "direct": (direct, ()),
-    "gateway": (gateway, ()),
-    "veth": (veth, ("ip", "nsenter", "unshare")),
+MAKERS: dict[str, tuple[Callable[[ExitStack], Way], tuple[str, ...]]] = {
+    "direct loopback": (direct, ()),
+    "this gateway": (gateway, ()),
+    "veth + NAT": (veth, ("ip", "nft", "nsenter", "unshare")),
     "pasta": (pasta, ("pasta", "ip", "nsenter", "unshare")),
     "slirp4netns": (slirp4netns, ("slirp4netns", "nsenter", "unshare")),
 }
 
 
-def measure_all(size: int) -> dict[str, Any]:
+def make_ways(stack: ExitStack) -> tuple[list[Way], dict[str, str]]:
+    """Those that are here, and why the others are not."""
+    ways, missing = [], {}
+    for name, (make, programs) in MAKERS.items():
+        lacking = [program for program in programs if shutil.which(program) is None]
+        if lacking:
+            missing[name] = f"{', '.join(lacking)} not installed"
+            continue
+        try:
+            ways.append(make(stack))
+        except (OSError, subprocess.SubprocessError, Unmeasured) as error:
+            missing[name] = str(error)[:200]
+    return ways, missing
+
+
+class Measured:
+    """Everybody's numbers, a list of one value per round and kind."""
+
+    def __init__(self, server_pid: int) -> None:
+        self.rows: dict[str, dict[str, list[float]]] = {}
+        self._server_pid = server_pid
+
+    def round(self, way: Way, options: argparse.Namespace) -> None:
+        row = self.rows.setdefault(way.name, {})
+
+        def note(kind: str, value: float) -> None:
+            row.setdefault(kind, []).append(value)
+
+        spent, relay, _ = self._metered(way, ["connect", str(options.connects), "0"])
+        note("connect_us", statistics.median(spent))
+        if way.relay_pid:
+            note("relay_us_per_connect", sum(relay) / len(spent) * 1e6)
+        size = options.mb * 1_000_000
+        for flows in (1, 16):
+            (seconds, client_s), relay, server_s = self._metered(way, ["fetch", str(flows), str(size)])
+            gb = size / 1e9
+            note(f"mb_s_{flows}", size / seconds / 1e6)
+            note("cpu_s_per_gb", (client_s + server_s + sum(relay)) / gb)
+            if way.relay_pid:
+                note("relay_s_per_gb", sum(relay) / gb)
+                note("relay_kernel_s_per_gb", relay[1] / gb)
+
+    def _metered(self, way: Way, words: list[str]) -> tuple[list[float], tuple[float, float], float]:
+        """What the client says, the relay's user and system time, and the server's time."""
+        relay = cpu_s(way.relay_pid) if way.relay_pid else (0.0, 0.0)
+        server = sum(cpu_s(self._server_pid))
+        said: list[float] = json.loads(way.run(words))
+        after = cpu_s(way.relay_pid) if way.relay_pid else (0.0, 0.0)
+        return said, (after[0] - relay[0], after[1] - relay[1]), sum(cpu_s(self._server_pid)) - server
+
+    def summary(self) -> dict[str, Any]:
+        """Medians, and medians of each round's ratio to direct loopback, which a busy moment leaves alone."""
+        base = self.rows["direct loopback"]
+        found: dict[str, Any] = {}
+        for name, row in self.rows.items():
+            found[name] = {kind: statistics.median(values) for kind, values in row.items()}
+            for kind in ("connect_us", "mb_s_1", "mb_s_16"):
+                ratios = [value / of for value, of in zip(row[kind], base[kind], strict=True)]
+                found[name][f"{kind}_to_direct"] = statistics.median(ratios)
+        return found
+
+
+def start_costs(count: int) -> dict[str, float]:
+    """Milliseconds of a trivial warm program without and with an allowlist, taken in turns, and what it adds."""
+    from sandbox import Sandbox
+
+    with Sandbox("python") as without, Sandbox("python", allow_hosts=[f"{NAME}:80"]) as allowing:
+        spent: dict[str, list[float]] = {"without": [], "with": []}
+        for turn in range(count + 20):
+            for name, box in (("without", without), ("with", allowing)):
+                time.sleep(0.01)  # until a standby is parked again
+                started = time.perf_counter()
+                box.run(["true"])
+                if turn >= 20:
+                    spent[name].append((time.perf_counter() - started) * 1e3)
+    found = {name: statistics.median(values) for name, values in spent.items()}
+    pairs = zip(spent["with"], spent["without"], strict=True)
+    return {**found, "added": statistics.median([one - other for one, other in pairs])}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     server = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
     server.start()
     time.sleep(0.5)
-    found: dict[str, Any] = {}
-    for name, (way, programs) in WAYS.items():
-        missing = [program for program in programs if shutil.which(program) is None]
-        if missing:
-            found[name] = {"skipped": f"{', '.join(missing)} not installed"}
-            continue
-        try:
-            found[name] = way(size)
-        except (OSError, subprocess.SubprocessError, AssertionError) as error:
-            found[name] = {"skipped": str(error)[:200]}
+    assert server.pid is not None
+    measured = Measured(server.pid)
+    with ExitStack() as stack:
+        ways, missing = make_ways(stack)
+        for _ in range(options.rounds):
+            for way in ways:
+                measured.round(way, options)
+    starts = start_costs(options.starts) if options.starts else {}
     server.kill()
-    return found
+    return {"ways": measured.summary(), "missing": missing, "start_ms": starts, "load": os.getloadavg()}
+
+
+def show(found: dict[str, Any]) -> None:
+    columns = ("connect + byte, us", "1 flow, MB/s", "16 flows, MB/s", "CPU s/GB", "relay s/GB", "of it kernel")
+    print("Egress: medians of rounds in turns; in brackets, the median of each round's ratio to direct loopback")
+    print(f"{'':16}" + "".join(f"{column:>20}" for column in columns))
+    for name, row in found["ways"].items():
+        cells = [f"{row['connect_us']:.0f} ({row['connect_us_to_direct']:.1f}x)"]
+        cells += [f"{row[kind]:.0f} ({row[f'{kind}_to_direct']:.0%})" for kind in ("mb_s_1", "mb_s_16")]
+        cells.append(f"{row['cpu_s_per_gb']:.2f}")
+        for kind in ("relay_s_per_gb", "relay_kernel_s_per_gb"):
+            cells.append(f"{row[kind]:.2f}" if kind in row else "-")
+        print(f"{name:16}" + "".join(f"{cell:>20}" for cell in cells))
+    for name, why in found["missing"].items():
+        print(f"{name:16}  not measured: {why}")
+    if found["start_ms"]:
+        start = found["start_ms"]
+        print(
+            f"start of a warm program: {start['without']:.2f} ms, with an allowlist {start['with']:.2f} ms, "
+            f"added {start['added']:+.2f} ms"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=int, default=1024, help="bytes of each download, in MB")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mb", type=int, default=512, help="bytes of each download, in MB")
+    parser.add_argument("--connects", type=int, default=300, help="connections in each round")
+    parser.add_argument("--starts", type=int, default=100, help="calls with and without an allowlist; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
-    found = run_in_world(lambda: measure_all(options.mb * 1_000_000), {NAME: TARGET})
+    found = run_in_world(lambda: measure(options), {NAME: TARGET}, LIFETIME_S)
+    show(found)
     if options.json:
-        print(json.dumps(found, indent=2))
-        return
-    print(
-        f"{'way':12} {'connect + byte, us (p10)':>26} {'1 flow MB/s':>12} {'16 flows MB/s':>14} {'relay CPU s/GB':>15}"
-    )
-    for name, row in found.items():
-        if "skipped" in row:
-            print(f"{name:12} {row['skipped']}")
-            continue
-        connect = f"{row['connect_us'][0]:.0f} ({row['connect_us'][1]:.0f})"
-        relay = f"{row['relay_cpu_s_per_gb']:.2f}" if "relay_cpu_s_per_gb" in row else "-"
-        print(f"{name:12} {connect:>26} {row['one_mb_s']:12.0f} {row['sixteen_mb_s']:14.0f} {relay:>15}")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

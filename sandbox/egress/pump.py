@@ -18,7 +18,12 @@ from typing import Final
 from sandbox.egress.budget import DOWN, UP, Meter
 from sandbox.egress.guess import FIRST_BYTES
 
-CHUNK_BYTES: Final = 256 * 1024
+# A wake-up and two system calls cost the same for much as for little: with 1 MiB a gigabyte takes a quarter less
+# processor time than with 256 KiB.
+CHUNK_BYTES: Final = 1 << 20
+# What slow readers make us keep, over all flows, until reads become small ones.
+KEPT_MAX_BYTES: Final = 64 << 20
+SMALL_CHUNK_BYTES: Final = 64 * 1024
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -51,6 +56,7 @@ class Pump:
 
     # One buffer for all: its bytes are passed on, or copied to `pending`, before anything else runs in this thread.
     _buffer: Final = memoryview(bytearray(CHUNK_BYTES))
+    _kept_bytes = 0
 
     def __init__(self, front: socket.socket, back: socket.socket, meters: Sequence[Meter]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -70,7 +76,7 @@ class Pump:
         self._loop.add_reader(self.down.from_fd, self._on_readable, self.down)
         if early:
             self.up.first = early[:FIRST_BYTES]
-            self.up.pending = early
+            self._keep(self.up, early)
             self._loop.add_writer(self.up.to_fd, self._on_writable, self.up)
         else:
             self._loop.add_reader(self.up.from_fd, self._on_readable, self.up)
@@ -91,6 +97,8 @@ class Pump:
         self.done.set_result((reason, detail))
 
     def _forget(self) -> None:
+        self._keep(self.up, b"")
+        self._keep(self.down, b"")
         for fd in (self.up.from_fd, self.down.from_fd):
             self._loop.remove_reader(fd)
             self._loop.remove_writer(fd)
@@ -99,7 +107,7 @@ class Pump:
         self._timers.clear()
 
     def _on_readable(self, half: Half) -> None:
-        room = self._chunk
+        room = self._chunk if Pump._kept_bytes < KEPT_MAX_BYTES else min(self._chunk, SMALL_CHUNK_BYTES)
         for meter in self._meters:
             room = min(room, meter.left(half.direction))
         if room <= 0:
@@ -124,7 +132,7 @@ class Pump:
             half.first = bytes(chunk[:FIRST_BYTES])
         sent = self._send(half, chunk)
         if 0 <= sent < count:
-            half.pending = bytes(chunk[sent:])
+            self._keep(half, bytes(chunk[sent:]))
             self._loop.remove_reader(half.from_fd)
             self._loop.add_writer(half.to_fd, self._on_writable, half)
 
@@ -132,10 +140,15 @@ class Pump:
         sent = self._send(half, half.pending)
         if sent < 0:
             return
-        half.pending = half.pending[sent:]
+        self._keep(half, half.pending[sent:])
         if not half.pending:
             self._loop.remove_writer(half.to_fd)
             self._loop.add_reader(half.from_fd, self._on_readable, half)
+
+    @staticmethod
+    def _keep(half: Half, rest: bytes) -> None:
+        Pump._kept_bytes += len(rest) - len(half.pending)
+        half.pending = rest
 
     def _send(self, half: Half, chunk: bytes | memoryview) -> int:
         """How much was taken; -1 when the flow has ended over it."""

@@ -31,7 +31,7 @@ class WorldFailed(AssertionError):
     """The body failed inside; the text is its traceback."""
 
 
-def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None) -> Any:
+def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None, lifetime_s: int = LIFETIME_S) -> Any:
     """Run `body` in a world where `hosts` (name to address) resolve; returns its answer (JSON data)."""
     read_fd, write_fd = os.pipe()
     sys.stdout.flush()
@@ -41,6 +41,7 @@ def run_in_world(body: Callable[[], Any], hosts: Mapping[str, str] | None = None
         pid = os.fork()
         if pid == 0:
             os.close(read_fd)
+            signal.alarm(lifetime_s)
             _enter(body, write_fd, hosts or {}, Path(directory))
         os.close(write_fd)
         with open(read_fd, "rb") as file:
@@ -58,7 +59,6 @@ def _enter(body: Callable[[], Any], write_fd: int, hosts: Mapping[str, str], dir
     code = 1
     try:
         process.die_with_parent()
-        signal.alarm(LIFETIME_S)
         _make(hosts, directory)
         answer: dict[str, Any] = {"answer": body()}
         code = 0
