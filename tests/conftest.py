@@ -20,9 +20,10 @@ import pytest
 
 from sandbox import host
 from sandbox.gpu import inventory
-from sandbox.host import HostFacts
+from sandbox.host import HostFacts, programs
 
 PROGRAMS = ("gcc", "git", "make", "node", "npm", "ssh", "ssh-keygen", "strace", "docker", "script", "java")
+RUNTIMES = ("crun", "runc", "runsc", "nsjail")
 
 
 @functools.cache
@@ -54,6 +55,8 @@ def missing(feature: str) -> str:
     if feature in checks:
         present, reason = checks[feature]
         return "" if present else reason or "missing"
+    if feature in RUNTIMES:
+        return "" if programs.find(feature) else f"{feature} is not installed"
     if feature.startswith("python:"):
         name = feature.partition(":")[2]
         done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False)

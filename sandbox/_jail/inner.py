@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 from sandbox._jail import pid1, steps
 from sandbox._jail.launch import Launch, report_failure
@@ -31,6 +32,8 @@ def main(text: str) -> None:
     launch = Launch({"fds": names, "host_uid": None, "mnt": ""}, fds)
     try:
         launch.step = "init"
+        # Python's handler would make of it a signal that the tool can send us: pid 1 gets those with a handler only.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         process.set_not_dumpable()
         process.die_with_parent()
         if "ready" in launch.fds:

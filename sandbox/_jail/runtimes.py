@@ -67,7 +67,7 @@ class Runtime:
                     enter()
                 os.execve(self.program, [self.program, *argv], _ENV)  # noqa: S606 - this is the point
             except Exception as error:  # noqa: BLE001 - it is told by the log, and ends the call
-                os.write(self._log, f"{type(error).__name__}: {error}".encode())
+                os.write(2, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
         return pid
 
@@ -131,6 +131,7 @@ class Nsjail(Runtime):
         if os.read(self.ready_read, 1) != b"+":
             _, status = os.waitpid(self._pid, 0)
             raise self._failed(self.name, status)
+        self._log_begun = os.fstat(self._log).st_size
         return next(pid for pid in _pids() if _parent(pid) == self._pid)
 
     def wait(self, pid: int) -> str:  # noqa: ARG002 - its parent is nsjail, which ends after it
