@@ -7,6 +7,7 @@ Source: open_tree(2), mount_setattr(2) (Linux 5.12), move_mount(2), mount(2).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -28,6 +29,9 @@ ATTR_NODEV = 0x04
 ATTR_NOEXEC = 0x08
 ATTR_IDMAP = 0x00100000
 
+# Below a root the kernel answers EAGAIN to a path with ".." in it whenever something was renamed or mounted meanwhile,
+# anywhere on the machine, since it cannot tell whether that mattered (openat2(2)). It is asked again.
+_RACES_MAX = 1000
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH = 0x04
@@ -80,9 +84,11 @@ def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1
     flags = os.O_PATH | os.O_CLOEXEC | (0 if follow or resolve & RESOLVE_NO_SYMLINKS else os.O_NOFOLLOW)
     how = _OpenHow(flags=flags, mode=0, resolve=resolve)
     at = directory if directory >= 0 else syscalls.AT_FDCWD
-    return syscalls.call(
-        f"openat2 {path}", syscalls.NR_OPENAT2, at, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)
-    )
+    arguments = (at, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    for _ in range(_RACES_MAX):
+        with contextlib.suppress(BlockingIOError):
+            return syscalls.call(f"openat2 {path}", syscalls.NR_OPENAT2, *arguments)
+    return syscalls.call(f"openat2 {path}", syscalls.NR_OPENAT2, *arguments)
 
 
 def clone_tree(fd: int, *, recursive: bool = True) -> int:
