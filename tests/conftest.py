@@ -23,6 +23,7 @@ from sandbox.gpu import inventory
 from sandbox.host import HostFacts, programs
 
 PROGRAMS = ("gcc", "git", "make", "node", "npm", "ssh", "ssh-keygen", "strace", "docker", "script", "java")
+PROGRAMS += ("iodine", "ptunnel-ng")
 RUNTIMES = ("crun", "runc", "runsc", "nsjail")
 
 
@@ -65,7 +66,9 @@ def missing(feature: str) -> str:
         gpus = inventory.find()
         return "no NVIDIA GPU" if gpus is None else str(gpus["trouble"])
     if feature in PROGRAMS:
-        return "" if shutil.which(feature) else f"{feature} is not installed"
+        # Not everyone has the directories of administrators' programs among his own.
+        path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+        return "" if shutil.which(feature, path=path) else f"{feature} is not installed"
     raise ValueError(f"unknown feature {feature!r} in @needs")
 
 

@@ -109,6 +109,7 @@ def _summary(facts: HostFacts) -> list[tuple[str, str]]:
         ("overlay", _overlay(facts)),
         ("seccomp", f"libseccomp {facts.libseccomp or 'missing'}, actions {' '.join(facts.seccomp_actions) or 'none'}"),
         ("landlock", f"ABI {facts.landlock_abi}" if facts.landlock_abi else "none"),
+        ("egress gateway", _gateway(facts)),
         ("gpu", _gpu(facts)),
     ]
 
@@ -119,6 +120,16 @@ def _overlay(facts: HostFacts) -> str:
     if facts.tmpfs_attributes.ok or facts.is_root_like:
         return "works in user namespaces"
     return "works in user namespaces, but directories cannot be removed in a cow workspace (needs Linux 6.6 or root)"
+
+
+def _gateway(facts: HostFacts) -> str:
+    """What an allowlist gets here; it is held on any kernel."""
+    if facts.tproxy.ok:
+        return "sees every port (nf_tables with tproxy)"
+    from sandbox.planner_egress import PORTS_MAX
+
+    few = f"at most {PORTS_MAX} ports in a manifest and no ranges, others are refused unseen"
+    return f"{few}: {facts.tproxy.reason}   fix: sudo modprobe nft_tproxy on the host"
 
 
 def _gpu(facts: HostFacts) -> str:
