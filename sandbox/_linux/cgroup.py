@@ -72,13 +72,14 @@ class CallGroup:
         return self._v2_fd
 
     def procs_paths(self, *, cloned: bool = False) -> list[str]:
-        """The `cgroup.procs` files that must still receive the jail's pid.
+        """The files that must still receive the jail's pid, while it has a single thread.
 
         `cloned`: it was born in the unified group, so only the v1 files remain.
         """
-        groups = [self.v2] if self.v2 and not cloned else []
-        groups += dict.fromkeys(self.v1.values())
-        return [group + "/cgroup.procs" for group in groups]
+        paths = [f"{self.v2}/cgroup.procs"] if self.v2 and not cloned else []
+        # The jail's first process has one thread when it joins. To move a thread the kernel need not hold off every
+        # fork of the host, as it does to move a process (cgroup_procs_write_start in kernel/cgroup/cgroup.c).
+        return [*paths, *(f"{group}/tasks" for group in dict.fromkeys(self.v1.values()))]
 
     def add(self, pid: int, *, cloned: bool = False) -> None:
         """Put `pid` under the limits. Memory it was charged before stays with its old group."""

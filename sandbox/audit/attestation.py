@@ -70,7 +70,12 @@ def _total(*parts: Any) -> int | float | None:
 
 
 def _verdict(verdict: str, granted: Any, observed: Any, evidence: str) -> dict[str, Any]:
-    return {"verdict": verdict, "granted": granted, "observed": observed, "evidence": evidence}
+    return {"verdict": verdict, "granted": whole(granted), "observed": whole(observed), "evidence": evidence}
+
+
+def whole(value: Any) -> Any:
+    """A float without a fraction as the integer that it is written as: such data is encoded without a walk over it."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _unseen(control: str, granted: Any, record: Mapping[str, Any]) -> dict[str, Any]:

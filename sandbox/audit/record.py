@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox.audit.attestation import attestation
+from sandbox.audit.attestation import attestation, whole
 from sandbox.audit.canonical import Settled, bounded
 from sandbox.audit.entry import SCHEMA
 from sandbox.audit.view import Record as Record
@@ -192,7 +192,7 @@ def closed_record(opened: Mapping[str, Any], closing: Closing) -> dict[str, Any]
     record["isolation"] = _closed_isolation(opened["isolation"], closing)
     if closing.enforcement:
         record["enforcement"] = {**opened["enforcement"], **closing.enforcement}
-    record["usage"] = {**_USAGE, **closing.usage}
+    record["usage"] = {**_USAGE, **{name: whole(value) for name, value in closing.usage.items()}}
     record["network"] = _items("network", closing.network, left_out)
     record["files"] = _files(closing.files, left_out)
     record["processes"] = _items("processes", closing.processes, left_out)

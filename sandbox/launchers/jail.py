@@ -24,6 +24,8 @@ READY_TIMEOUT_S = 30.0
 _Launch = Callable[[Mapping[str, object], Mapping[str, int]], None]
 _OUT_OF_THE_WAY = Path("/sys/kernel")
 DEATH_TIMEOUT_S = 10.0
+# What a call's record takes from its group.
+_COUNTED = {"pids_current", "memory_peak_bytes", "cpu_usage_s", "cpu_user_s", "cpu_system_s"}
 STREAMS = ("stdin", "stdout", "stderr", "request", "result")
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +128,10 @@ class Jail:
         self.failure: dict[str, Any] = {}
         # Environment and directory that its template has prepared it for.
         self.usual: tuple[Mapping[str, str], str] | None = None
+        # Removes its group once nothing is in it.
+        self.bury: Callable[[cgroup.CallGroup], object] = cgroup.CallGroup.destroy
         self.is_killed = False
+        self._is_ending = False
         self.is_serving = False
         self.is_reaped = False
         self.is_closed = False
@@ -251,6 +256,20 @@ class Jail:
         if self.group is not None:
             self.group.kill(timeout_s=0)
 
+    def end_at_reply(self) -> dict[str, float | int]:
+        """See `contract.EndsAtReply`."""
+        if self.usual is None or self.group is None or "pidfd" not in self.fds:
+            return {}
+        # First: a task with SIGKILL pending does not get back to its own code, so what is counted now is all.
+        with contextlib.suppress(ProcessLookupError):
+            syscalls.pidfd_kill(self.fds["pidfd"], signal.SIGKILL)
+        stats = self.group.stats()
+        if stats.get("pids_current", 2) > 1 or not stats.keys() >= _COUNTED:
+            return {}
+        self._is_ending = True
+        self._end()
+        return stats
+
     def _on_status(self) -> None:
         assert self._status is not None
         try:
@@ -311,7 +330,8 @@ class Jail:
         if self.is_reaped:
             pass  # pid 1 was waited for, which is after every other process inside
         elif "pidfd" in self.fds:
-            self.kill()
+            if not self._is_ending:
+                self.kill()
             await wait_readable(self._loop, self.fds["pidfd"], DEATH_TIMEOUT_S)
         elif self.group is not None:
             self.group.kill()
@@ -342,7 +362,7 @@ class Jail:
             os.close(fd)
         self.fds.clear()
         if self.group is not None:
-            self.group.destroy()
+            self.bury(self.group)
             self.group = None
         self.on_end = None
         self._end()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sandbox.launchers.contract import Container
+from sandbox.launchers.contract import Container, EndsAtReply
 from sandbox.outcome import Seen
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 POLL_S = 0.05
 DRAIN_TIMEOUT_S = 2.0
 START_TIMEOUT_S = 120.0
+_REPLY_MAGIC = b"TCR1"
 
 
 class Call:
@@ -43,6 +44,9 @@ class Call:
         self.stopped = ""
         self.exit: dict[str, Any] = {}
         self.exec_errno = 0
+        # A function's ending as its reply says it, and whether the jail was still dying when that was told.
+        self.reply_status: int | None = None
+        self.is_dying = False
         self.pumps: dict[str, OutputPump] = {}
         self.final_stats: dict[str, float | int] = {}
         self.polled_peak_bytes = 0
@@ -95,7 +99,8 @@ class Call:
             if tasks:
                 await asyncio.gather(*tasks, return_exceptions=True)
         started = time.monotonic()
-        await self.jail.wait_dead()
+        if not self.is_dying:
+            await self.jail.wait_dead()
         if self.stopped:
             self.reaction_s = time.monotonic() - started
         await self._drain()
@@ -142,9 +147,20 @@ class Call:
                 ends["stdin"] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, ends["stdin"])
             plan = self.plan
+            if "result" in self.pumps and not plan.gpu and plan.egress is None:
+                self.pumps["result"].on_done = self._on_reply
             self.jail.go({"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}, ends)
         if plan.tty and "terminal" in self.jail.fds:
             self._carry_terminal()
+
+    def _on_reply(self) -> None:
+        """The function has returned and closed its reply: that is its end, and there is nothing to wait for."""
+        status = reply_status(self.pumps["result"].kept)
+        if self.stopped or status is None or self.jail.gone.is_set() or not isinstance(self.jail, EndsAtReply):
+            return
+        self.final_stats = self.jail.end_at_reply()
+        self.reply_status = status
+        self.is_dying = bool(self.final_stats)
 
     def _carry_terminal(self) -> None:
         master = self.jail.fds.pop("terminal")
@@ -234,6 +250,9 @@ class Call:
         for pump in self.pumps.values():
             if pump.drain():
                 continue
+            if self.is_dying:
+                pump.abandon()
+                continue
             timeout_s = None if pump.forwards and not self.stopped else DRAIN_TIMEOUT_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pump.done.wait(), timeout_s)
@@ -244,7 +263,7 @@ class Call:
     def _seen(self) -> Seen:
         stats = self.final_stats = self.stats()
         return Seen(
-            exit_status=self.exit.get("wait_status"),
+            exit_status=self.exit.get("wait_status") if self.reply_status is None else self.reply_status,
             stopped=self.stopped,
             step_failed=self.jail.failure.get("step", ""),
             step_errno=self.jail.failure.get("errno", 0),
@@ -256,7 +275,9 @@ class Call:
 
     def stats(self) -> dict[str, float | int]:
         """Counters of the kernel where there are any, else what was polled and what pid 1's children used."""
-        found: dict[str, float | int] = dict(self.jail.group.stats()) if self.jail.group is not None else {}
+        found: dict[str, float | int] = dict(self.final_stats)
+        if not found and self.jail.group is not None:
+            found.update(self.jail.group.stats())
         if self.exit:
             found.setdefault("cpu_user_s", self.exit["user_s"])
             found.setdefault("cpu_system_s", self.exit["system_s"])
@@ -278,3 +299,10 @@ class Call:
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
+
+
+def reply_status(reply: bytes | bytearray) -> int | None:
+    """The wait status of a function that has written this reply; None when it is no whole reply. See `_jail.runner`."""
+    if len(reply) < len(_REPLY_MAGIC) + 4 or not reply.startswith(_REPLY_MAGIC):
+        return None
+    return 1 << 8 if reply.startswith(b'{"error":', len(_REPLY_MAGIC) + 4) else 0

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from sandbox.errors import LauncherUnavailable
+from sandbox.launchers.burial import Burial
 from sandbox.launchers.contract import Setting
 from sandbox.launchers.jail import Jail, Zygote, mount_point
 from sandbox.plan import LaunchPlan
@@ -62,6 +63,7 @@ class Maker:
         self._host_uids = setting.host_uids
         self._serial = itertools.count(1)
         self._filters: dict[str, bytes] = {}
+        self._burial = Burial()
         self.zygote = Zygote.start()
 
     @property
@@ -108,7 +110,9 @@ class Maker:
             group = self._tree.create(name, kind.limits, kind.devices)
         elif kind.limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
-        return Jail(name, group, host_uid)
+        jail = Jail(name, group, host_uid)
+        jail.bury = self._burial.bury
+        return jail
 
     def _live_zygote(self) -> Zygote:
         """The zygote, a new one if the old was killed: its jails died with it, the next call need not."""
@@ -124,5 +128,6 @@ class Maker:
         return self._filters[key]
 
     def close(self) -> None:
-        """End the zygote, and with it whatever it gave birth to."""
+        """End the zygote, and with it whatever it gave birth to; remove the groups of jails that were closed."""
         self.zygote.close()
+        self._burial.close()

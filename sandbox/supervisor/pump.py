@@ -44,6 +44,7 @@ class OutputPump:
         self.total_bytes = 0
         self.truncated = False
         self.done = asyncio.Event()
+        self.on_done: Callable[[], None] | None = None
         self._digest = sha256()
         self._loop = loop
         self._fd = fd
@@ -135,6 +136,8 @@ class OutputPump:
             os.close(self._forward_fd)
             self._forward_fd = -1
         self.done.set()
+        if self.on_done is not None:
+            self.on_done()
 
 
 class InputPump:

@@ -261,6 +261,8 @@ class Supervisor:
                 await gpu.close()
             if call is not None:
                 call.close()
+                if call.is_dying:
+                    await call.jail.wait_dead()
                 call.jail.close()
 
     async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
