@@ -254,11 +254,11 @@ class Link:
                 self._control.settimeout(None)
                 return facts
 
-    def include(self, ask: dict[str, Any], name: str, key: str, data: Mapping[str, Any]) -> None:
-        """Put `data` into `ask` under `name`, or only its `key` when this supervisor has had it before."""
+    def include(self, ask: dict[str, Any], name: str, key: str, data: Callable[[], Mapping[str, Any]]) -> None:
+        """Put what `data` gives into `ask` under `name`, or only its `key` when this supervisor has had it before."""
         ask[f"{name}_id"] = key
         if (name, key) not in self._told:
-            ask[name] = data
+            ask[name] = data()
             ask.setdefault("new", []).append((name, key))
 
     def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int], ticket: Ticket) -> Pending:

@@ -130,6 +130,8 @@ def allowed_environment(manifest: Manifest, source: Mapping[str, str]) -> dict[s
     """The caller's variables that the manifest names; `NAME*` names all that begin so."""
     exact = set(manifest.environment.allow)
     starts = tuple(name[:-1] for name in exact if name.endswith("*"))
+    if not starts:
+        return {name: source[name] for name in sorted(exact) if name in source}
     return {name: value for name, value in source.items() if name in exact or (starts and name.startswith(starts))}
 
 
@@ -241,4 +243,7 @@ def principal(pid: int) -> dict[str, Any]:
 
 def call_data(spec: CallSpec) -> dict[str, Any]:
     """The call as plain data for the supervisor."""
-    return asdict(spec)
+    # Not dataclasses.asdict, which copies all that it passes on.
+    data = {name: getattr(spec, name) for name in CallSpec.__slots__}
+    data["workspace"] = asdict(spec.workspace)
+    return data

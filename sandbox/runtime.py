@@ -249,32 +249,29 @@ class Sandbox:
 
     def _decide(self, job: Job) -> tuple[LaunchPlan, tuple[str, dict[str, Any]]]:
         """The plan, and the part of it that is common to all calls of its kind with a name for that."""
-        link = self._live_link()
-        manifest, spec = job.resolved.manifest, job.spec
-        around = prepare.surroundings(job.resolved, spec, self._state, job.env)
-        facts = link.facts()
-        if around.paths:
-            # Where granted paths stand now decides, each time anew.
-            plan = decide(manifest, spec, facts, around)
-            return plan, _common(plan)
-        key = (
-            job.resolved.digest,
-            id(facts),
-            spec.kind,
-            spec.argv[0],
-            spec.cwd,
-            spec.tty,
-            spec.workspace,
-            spec.preload,
-        )
-        env = (tuple(sorted(around.caller_env.items())), tuple(sorted(around.extra_env.items())), around.extra_roots)
-        cached = self._plans.get((key, env))
+        spec = job.spec
+        facts = self._live_link().facts()
+        key = self._plan_key(job, facts)
+        cached = self._plans.get(key) if key is not None else None
         if cached is None or cached[0] is not facts:
-            if len(self._plans) > PLANS_MAX:
-                self._plans.clear()
-            plan = decide(manifest, spec, facts, around)
-            cached = self._plans[key, env] = (facts, plan, _common(plan))
+            around = prepare.surroundings(job.resolved, spec, self._state, job.env)
+            plan = decide(job.resolved.manifest, spec, facts, around)
+            cached = (facts, plan, _common(plan))
+            if key is not None:
+                if len(self._plans) > PLANS_MAX:
+                    self._plans.clear()
+                self._plans[key] = cached
         return replace(cached[1], argv=spec.argv), cached[2]
+
+    def _plan_key(self, job: Job, facts: HostFacts) -> Any:
+        """What makes two calls' plans the same but for argv; None where the host's files decide, each time anew."""
+        manifest, spec = job.resolved.manifest, job.spec
+        if spec.tty or manifest.network.extra_roots or prepare.path_facts(manifest):
+            return None
+        caller_env = prepare.allowed_environment(manifest, os.environ)
+        env = (tuple(sorted(caller_env.items())), tuple(sorted(job.env.items())))
+        kind = (spec.kind, spec.argv[0], spec.cwd, spec.workspace, spec.preload)
+        return (job.resolved.digest, id(facts), kind, env)
 
     def _live_link(self) -> Link:
         if self._link is None:
@@ -302,12 +299,12 @@ class Sandbox:
             "principal": prepare.principal(os.getpid()),
             "durability": job.resolved.manifest.audit.durability,
         }
-        policy = prepare.policy(job.resolved)
+        policy = functools.partial(prepare.policy, job.resolved)
         link.include(ask, "policy", f"{job.resolved.profile} {job.resolved.digest}", policy)
         try:
             plan, common = self._decide(job)
             ask |= {"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}
-            link.include(ask, "plan", *common)
+            link.include(ask, "plan", common[0], lambda: common[1])
         except Unenforceable as refusal:
             ask["refused"] = {"fault": "host", "message": refusal.message}
             with link.submit(ask, {}, ticket) as pending:
