@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandbox.errors import LaunchError, SandboxError
 from sandbox.plan import LaunchPlan
-from sandbox.workspace import Changeset, Overlay, Scan, collect, scan, sweep
-from sandbox.workspace.names import to_json
+
+# Most calls have a private workspace in which they leave nothing: what looks through trees is loaded when it is needed.
+if TYPE_CHECKING:
+    from sandbox.workspace import Scan
 
 LISTED_MAX = 2000
 _SET_ASIDE = {
@@ -78,6 +80,8 @@ class Work:
             raise LaunchError(f"{path}: replaced since it was resolved", step="workspace")
         if self.mode == "cow":
             return self._plan
+        from sandbox.workspace import scan
+
         self._scan = scan(self._root_fd, allow=self._allow)
         return self._plan.with_step_args("workspace", protected=self._scan.protected)
 
@@ -91,6 +95,9 @@ class Work:
         elif self.mode == "private" and "workspace" in jail_fds:
             left.files = _listed(jail_fds["workspace"])
         if self._patterns and "workspace" in jail_fds:
+            from sandbox.workspace import collect
+            from sandbox.workspace.names import to_json
+
             collected = collect(jail_fds["workspace"], self._patterns)
             left.collected = collected.files
             skipped = [{"path": to_json(path), "reason": reason} for path, reason in collected.skipped]
@@ -98,6 +105,9 @@ class Work:
         return left
 
     def _sweep(self, left: Left) -> None:
+        from sandbox.workspace import sweep
+        from sandbox.workspace.names import to_json
+
         assert self._scan is not None
         quarantine = self._state / "quarantine" / self._record_id
         quarantine.mkdir(mode=0o700, parents=True)
@@ -130,6 +140,9 @@ class Work:
             )
 
     def _capture(self, left: Left, upper_fd: int, *, userxattr: bool) -> None:
+        from sandbox.workspace import Changeset, Overlay
+        from sandbox.workspace.names import to_json
+
         path = self._step["host_path"]
         overlay = Overlay(upper_fd, self._root_fd, path, userxattr=userxattr, started_ns=self._started_ns)
         changes = Changeset.from_upper(overlay, self._state / "changes", record_id=self._record_id)
@@ -149,6 +162,9 @@ def _listed(fd: int) -> dict[str, Any]:
     """The files in a private workspace, which is gone after the call."""
     if not os.listdir(fd):
         return {"written": []}
+    from sandbox.workspace import scan
+    from sandbox.workspace.names import to_json
+
     try:
         found = scan(fd, max_entries=LISTED_MAX)
     except SandboxError:
