@@ -13,6 +13,8 @@ import ssl
 import struct
 import sys
 import time
+import urllib.error
+import urllib.request
 
 
 def name(number):
@@ -97,6 +99,15 @@ def in_pieces(context, raw, sni, send, pieces):
             return {"text": client.read(65536).decode("latin-1")}
         except ssl.SSLWantReadError:
             incoming.write(raw.recv(65536))
+
+
+def follow(url):
+    """Fetch it and go where it sends us, as every client does."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return {"text": reply.read().decode("latin-1")}
+    except urllib.error.URLError as error:
+        raise error.reason from None
 
 
 def udp(host, port, send="x", timeout=3):

@@ -186,6 +186,12 @@ def http(conn: socket.socket, _outside: Outside) -> None:
             conn.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
 
 
+def redirect(conn: socket.socket, _outside: Outside) -> None:
+    """Sends the client to the URL that its path is."""
+    where = conn.recv(65536).split(b" ")[1][1:]
+    conn.sendall(b"HTTP/1.1 302 Found\r\nlocation: " + where + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+
+
 def send_pattern(conn: socket.socket, size: int) -> None:
     block = pattern_block()
     while size > 0:

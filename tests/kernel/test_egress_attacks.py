@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.net_scenes import Scene, Seen, do, play
-from tests.helpers.net_servers import Certificates, Outside, echo, greet, http
+from tests.helpers.net_servers import Certificates, Outside, echo, greet, http, redirect
 from tests.helpers.net_world import OTHER, WEB, WEB_V6
 
 pytestmark = pytest.mark.needs("userns")
 
+REDIRECTS = "93.184.216.35"
 GET = "GET /x HTTP/1.1\r\nhost: h\r\n\r\n"
 HOSTS = {
     "www.example.test": f"{WEB} {WEB_V6}",
@@ -26,6 +27,8 @@ HOSTS = {
     "sixtofour.example.test": "2002:a01:203::1",
     "synthetic.example.test": "198.18.5.5",
     "evil.test": OTHER,
+    "inner.example.test": "10.1.2.3",
+    "redirect.example.test": REDIRECTS,
 }
 TLS_GET = {"send": GET}
 
@@ -37,6 +40,7 @@ def furnish(outside: Outside) -> None:
         outside.serve("tls", address, 443, certificates.tls(http, "www.example.test"))
         outside.serve("ssh", address, 22, greet)
         outside.serve("high", address, 8050, echo)
+    outside.serve("redirects", REDIRECTS, 80, redirect)
     outside.serve("evil", OTHER, 80, http)
     outside.serve("evil", OTHER, 443, certificates.tls(http, "evil.test"))
     outside.serve("metadata", "169.254.169.254", 80, http)
@@ -46,6 +50,31 @@ def furnish(outside: Outside) -> None:
     outside.serve("synthetic", "198.18.5.5", 80, http)
     for address in ("64:ff9b::a01:203", "2002:a01:203::1"):
         outside.serve("translated", address, 80, http)
+
+
+# How IPv6 is written, how IPv4 is written as IPv6, and what leads somewhere near.
+SPELLINGS = {
+    "own name's address": WEB_V6,
+    "written out": "2606:2800:0220:0001:0248:1893:25C8:1946",
+    "with dots at its end": "2606:2800:220:1:248:1893:37.200.25.70",
+    "mapped": f"::ffff:{WEB}",
+    "mapped, in hex": "::ffff:5db8:d822",
+    "mapped, written out": "0:0:0:0:0:FFFF:5DB8:D822",
+    "mapped private": "::ffff:10.1.2.3",
+    "mapped metadata": "::ffff:a9fe:a9fe",
+    "mapped loopback": "::ffff:127.0.0.2",
+    "compatible": "::10.1.2.3",
+    "translated": "::ffff:0:10.1.2.3",
+    "nat64": "64:ff9b::10.1.2.3",
+    "nat64, local": "64:ff9b:1::10.1.2.3",
+    "6to4": "2002:a01:203::1",
+    "teredo": "2001:0:5db8:d822:0:0:f5fe:fdfc",
+    "isatap": "2001:db8::200:5efe:10.1.2.3",
+    "unique local": "fd00::1",
+    "metadata": "fd00:ec2::254",
+    "site local": "fec0::1",
+    "documentation": "2001:db8::1",
+}
 
 
 def get(host: str, port: int = 80) -> dict[str, object]:
@@ -64,6 +93,16 @@ SCENES = {
     "literals": Scene(["www.example.test:80"], [
         get(WEB), get(WEB_V6), get(f"::ffff:{WEB}"), get(OTHER), get("10.1.2.3"), get("169.254.169.254"),
         get("100.100.100.200"), get("fd00:ec2::254"), get("198.18.200.200"), get("2001:2::ffff"),
+    ]),
+    "spelled": Scene(["www.example.test:80"], [get(text) for text in SPELLINGS.values()]),
+    "spelled and named": Scene([f"[{SPELLINGS['written out']}]:80", "[::ffff:5db8:d822]:80"], [
+        get(WEB_V6), get(SPELLINGS["written out"]), get(SPELLINGS["with dots at its end"]), get(WEB),
+        get(SPELLINGS["mapped, in hex"]), get(SPELLINGS["mapped, written out"]), get(OTHER),
+    ]),
+    "redirected": Scene(["www.example.test:80", "inner.example.test:80", "redirect.example.test:80"], [
+        do("follow", url=f"http://redirect.example.test/{where}")
+        for where in ("http://169.254.169.254/", "http://10.1.2.3/x", "http://inner.example.test/", "http://[::1]/",
+                      "http://www.example.test/there")
     ]),
     "named literals": Scene([f"{WEB}:80", f"[{WEB_V6}]:80"], [get(WEB), get(f"::ffff:{WEB}"), get(WEB_V6), get(OTHER)]),
     "private behind a name": Scene(["internal.example.test:80"], [get("internal.example.test")]),
@@ -188,6 +227,34 @@ def test_literal_addresses_are_refused_also_of_an_allowed_host(seen: dict[str, S
     assert len(refused) == len(scene.results)
     assert scene.one(host="169.254.169.254")["detail"] == "a metadata service"
     assert scene.one(host="198.18.200.200")["reason"] == "unknown_synthetic"
+
+
+def test_no_spelling_of_an_address_is_a_way(seen: dict[str, Seen]) -> None:
+    scene = seen["spelled"]
+    for name, result in zip(SPELLINGS, scene.results, strict=True):
+        assert result["ok"] is False, name
+        assert result["error"] in ("ECONNRESET", "ECONNREFUSED", "EPIPE"), (name, result)
+        assert result["seconds"] < 2, name
+    assert scene.reached == []
+    assert {item["decision"] for item in scene.attempts(transport="tcp")} == {"deny"}
+    # To ::ffff:127.0.0.2 the jail's own loopback answers, which nobody sees.
+    assert sum(item.get("count", 1) for item in scene.attempts(transport="tcp")) >= len(SPELLINGS) - 1
+
+
+def test_an_address_that_is_named_may_be_spelled_as_one_likes(seen: dict[str, Seen]) -> None:
+    results = seen["spelled and named"].results
+    assert [result["ok"] for result in results] == [True] * 6 + [False]
+
+
+def test_a_redirect_leads_to_no_other_place(seen: dict[str, Seen]) -> None:
+    scene = seen["redirected"]
+    metadata, private, inner, loopback, permitted = scene.results
+    for result in (metadata, private, inner, loopback):
+        assert result["error"] in ("ECONNRESET", "ECONNREFUSED"), result
+    assert "you asked for /there" in permitted["text"]
+    assert {label for label, _ in scene.reached} == {"redirects", "web"}
+    assert scene.one(host="169.254.169.254")["reason"] == "address_not_named"
+    assert scene.one(host="inner.example.test", transport="tcp")["reason"] == "closed_address"
 
 
 def test_literal_addresses_work_when_they_are_named(seen: dict[str, Seen]) -> None:
