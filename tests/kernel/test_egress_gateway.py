@@ -108,6 +108,38 @@ def test_a_gateway_that_hangs_is_taken_for_lost() -> None:
     assert told["after"]
 
 
+def before_it_is_ready() -> dict[str, Any]:
+    """The gateway takes no orders yet when the call already connects."""
+    from sandbox import Sandbox
+
+    outside = furnish()
+    with Sandbox("python", allow_hosts=["www.example.test:80"], wall_time="60s") as box:
+        box.run(["true"])
+        (pid,) = gateways()
+        os.kill(pid, signal.SIGSTOP)
+        outcomes: list[Any] = []
+        actions = [do("tcp", host=WEB, port=80, send=GET, once=True), get("www.example.test")]
+        caller = threading.Thread(target=lambda: outcomes.append(box.run(probe(*actions))))
+        caller.start()
+        time.sleep(1)
+        early = [arrival.label for arrival in outside.take_reached()]
+        os.kill(pid, signal.SIGCONT)
+        caller.join()
+    record = outcomes[0].record.to_json()
+    return {"early": early, "results": json.loads(outcomes[0].stdout), "network": record["network"]}
+
+
+def test_what_connects_before_the_gateway_is_ready_waits_and_is_judged() -> None:
+    told = run_in_world(before_it_is_ready, HOSTS)
+    denied, allowed = told["results"]
+    assert told["early"] == []
+    assert denied["error"] == "ECONNRESET"
+    assert denied["seconds"] > 0.5, "it had to wait"
+    assert "you asked for /x" in allowed["text"]
+    decisions = [(item["host"], item["decision"]) for item in told["network"] if item["transport"] == "tcp"]
+    assert decisions == [(WEB, "deny"), ("www.example.test", "allow")]
+
+
 def fifty_calls() -> list[dict[str, Any]]:
     from sandbox import Sandbox
 

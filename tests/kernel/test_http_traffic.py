@@ -73,6 +73,20 @@ sock.sendall(b"GET /bytes/100000000 HTTP/1.1\\r\\nHost: www.example.test\\r\\n\\
 sock.recv(1)
 time.sleep(1.5)
 """
+# Many requests that never come to an end, and beside them some that do.
+SLOWLORIS = """
+import socket, ssl, time, urllib.request
+held = []
+for _ in range(100):
+    sock = socket.create_connection(("www.example.test", 443 if {0!r} == "inspected" else 80), timeout=20)
+    if {0!r} == "inspected":
+        sock = ssl.create_default_context().wrap_socket(sock, server_hostname="www.example.test")
+    sock.sendall(b"GET /slow HTTP/1.1\\r\\nHost: www.example.test\\r\\nX-Slow: ")
+    held.append(sock)
+for turn in range(10):
+    print(len(urllib.request.urlopen("{1}/bytes/1000", timeout=20).read()))
+    for sock in held: sock.sendall(b"x")
+"""
 EARLY = """
 import http.client
 kind = http.client.HTTPSConnection if {0!r} == "inspected" else http.client.HTTPConnection
@@ -96,6 +110,7 @@ SCENES = {
         "old": script(f"curl -sS -0 -i {url}/chunked/1000 | head -c 60"),
         "websocket": python(WEBSOCKET.format(how)),
         "parallel": python(PARALLEL.format(how, url), pids=128),
+        "slowloris": python(SLOWLORIS.format(how, url)),
         "deaf": python(DEAF.format(how)),
         "download budget": script(f"curl -sS -o /dev/null {url}/bytes/{5 * MIB}", download_max="1MiB"),
         "upload budget": script(f"head -c {5 * MIB} /dev/zero | curl -sS -T - {url}/put", upload_max="1MiB"),
@@ -194,6 +209,14 @@ def test_a_reader_that_does_not_read_holds_the_server_up(seen: dict[str, SeenHtt
     """What the gateway and both kernels buffer is some megabytes, however much there is."""
     scene = seen[f"deaf {how}"]
     assert 0 < scene.usage["network_bytes_in"] < 24 * MIB
+
+
+@How
+def test_requests_that_never_end_hold_up_no_others(seen: dict[str, SeenHttp], how: str) -> None:
+    scene = seen[f"slowloris {how}"]
+    assert scene.stdout.split() == ["1000"] * 10, scene.stderr
+    assert [request["target"] for request in scene.requests] == ["/bytes/1000"] * 10
+    assert sum(item.get("count", 1) for item in scene.attempts(transport="tcp")) >= 101
 
 
 @How
