@@ -124,6 +124,7 @@ class Surroundings:
     extra_roots: tuple[tuple[str, str, str], ...] = ()
     own_code: tuple[str, ...] = ()
     protected: tuple[str, ...] = ()
+    engine: str = ""
     terminal_rows: int = 24
     terminal_columns: int = 80
 
@@ -141,6 +142,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     lacking |= planner_launcher.gaps(choice, manifest, call)
     if choice.launcher == "jail" and (refusal := planner_workspace.refusal(call, facts)):
         lacking["workspace"] = refusal
+    lacking |= planner_launcher.refuse_engine(choice, around.engine)
     _refuse_missing(manifest, (limits, table), facts, (lacking, fixes))
     view = declared.needs_image
     plan = LaunchPlan(
@@ -193,7 +195,13 @@ def _image_steps(choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest
         Step("rlimits", "view", _rlimits(manifest, limits)),
         Step("proc", "view", _proc(manifest)),
     )
-    return planner_launcher.container_steps(choice, manifest, facts, mounted, sealed)
+    container = {
+        "image": manifest.isolation.image,
+        "runtime": choice.runtime,
+        "engine": around.engine,
+        "function": call.kind == "function",
+    }
+    return planner_launcher.container_steps(container, mounted, sealed, planner_egress.steps(manifest, facts))
 
 
 def _limits(manifest: Manifest, table: Mapping[str, Control], facts: HostFacts) -> tuple[Limit, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from sandbox import planner_egress, planner_gpu, planner_http
+from sandbox import planner_gpu, planner_http
 from sandbox.host import HostFacts
 from sandbox.launchers.declared import (
     DECLARED,
@@ -85,6 +85,13 @@ def gaps(choice: Choice, manifest: Manifest, call: CallSpec) -> dict[str, str]:
     return {name: f"{choice.launcher}: {why}" for name, why in declared.items() if name in wanted and wanted[name]()}
 
 
+def refuse_engine(choice: Choice, engine: str) -> dict[str, str]:
+    """A container on another machine can be neither entered nor ended from here, and its streams are not ours."""
+    if choice.launcher != "docker" or not engine or engine.startswith("unix://"):
+        return {}
+    return {"launcher": f"DOCKER_HOST is {engine}, and only a daemon on this host will do (unix://...)"}
+
+
 def isolation(choice: Choice, facts: HostFacts) -> dict[str, Any]:
     """What the record says about the wall."""
     has_landlock = DECLARED[choice.launcher].has_landlock
@@ -101,14 +108,13 @@ def isolation(choice: Choice, facts: HostFacts) -> dict[str, Any]:
 
 
 def container_steps(
-    choice: Choice, manifest: Manifest, facts: HostFacts, mounted: tuple[Step, ...], sealed: tuple[Step, ...]
+    settings: Mapping[str, Any], mounted: tuple[Step, ...], sealed: tuple[Step, ...], network: tuple[Step, ...]
 ) -> tuple[Step, ...]:
     """The steps of a launcher whose root is an image's: made by its engine, completed from outside, then released.
 
     `mounted`: what is put into its tree. `sealed`: limits of the process, which the engine applies before its first
-    instruction.
+    instruction. `network`: the gateway's.
     """
-    settings = {"image": manifest.isolation.image, "runtime": choice.runtime}
     return (
         Step("container", "view", settings),
         Step("namespaces", "view"),
@@ -117,6 +123,6 @@ def container_steps(
         Step("no_new_privs", "view"),
         Step("seccomp", "view"),
         *mounted,
-        *planner_egress.steps(manifest, facts),
+        *network,
         Step("exec", "tool"),
     )

@@ -155,9 +155,15 @@ def surroundings(resolved: Resolved, spec: CallSpec, state: Path, extra_env: Map
         # Where records are usually kept, too: those there are another supervisor's.
         hidden=tuple(dict.fromkeys(os.path.realpath(path) for path in (state, usual_state_dir()))),
         own_code=own_code(),
+        engine=engine(manifest),
         terminal_rows=rows,
         terminal_columns=columns,
     )
+
+
+def engine(manifest: Manifest) -> str:
+    """Where the caller's container engine is asked for; empty for the usual place, or where none is needed."""
+    return os.environ.get("DOCKER_HOST", "") if manifest.isolation.image else ""
 
 
 @functools.cache

@@ -271,7 +271,7 @@ class Sandbox:
         caller_env = prepare.allowed_environment(manifest, os.environ)
         env = (tuple(sorted(caller_env.items())), tuple(sorted(job.env.items())))
         kind = (spec.kind, spec.argv[0], spec.cwd, spec.workspace, spec.preload)
-        return (job.resolved.digest, id(facts), kind, env)
+        return (job.resolved.digest, id(facts), kind, env, prepare.engine(manifest))
 
     def _live_link(self) -> Link:
         if self._link is None:

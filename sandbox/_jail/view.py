@@ -123,9 +123,7 @@ def workspace(launch: Launch, args: dict[str, Any]) -> None:
         _bind_grant(launch, args["host_path"], jail_path, WRITABLE if mode == "rw" else READ_ONLY, args)
     fd = inside.make_place(launch, jail_path, directory=True)
     try:
-        for relative in args.get("protected", ()):
-            _protect(fd, relative)
-        launch.out_fds["workspace"] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        protect(launch, fd, args)
     finally:
         os.close(fd)
     if jail_path != "/workspace":
@@ -207,6 +205,14 @@ def _bind_grant(
     launch: Launch, host_path: str, jail_path: str, attributes: int, expected: dict[str, Any] | None = None
 ) -> None:
     """Bind one host path. `expected` holds the device and inode that the caller saw when it resolved the path."""
+    tree, is_directory = open_grant(launch, host_path, attributes, expected)
+    attach_grant(launch, tree, jail_path, directory=is_directory)
+
+
+def open_grant(
+    launch: Launch, host_path: str, attributes: int, expected: dict[str, Any] | None = None
+) -> tuple[int, bool]:
+    """(a detached tree of one host path, ready to be attached; whether it is a directory's)."""
     fd = mounts.open_path(host_path)
     try:
         info = os.fstat(fd)
@@ -219,7 +225,16 @@ def _bind_grant(
         if expected is not None and launch.host_uid is not None:
             _map_owner(launch, tree, host_path, must=not attributes & mounts.ATTR_RDONLY)
         mounts.set_attributes(tree, attributes)
-        place = inside.make_place(launch, jail_path, directory=stat.S_ISDIR(info.st_mode))
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree, stat.S_ISDIR(info.st_mode)
+
+
+def attach_grant(launch: Launch, tree: int, jail_path: str, *, directory: bool) -> None:
+    """Show a detached tree at its place inside, and let go of it."""
+    try:
+        place = inside.make_place(launch, jail_path, directory=directory)
         try:
             mounts.attach_at(tree, place)
         finally:
@@ -306,6 +321,14 @@ def _attach_lower(launch: Launch, args: dict[str, Any], lower: str) -> None:
         mounts.attach(tree, lower)
     finally:
         os.close(tree)
+
+
+def protect(launch: Launch, workspace_fd: int, args: dict[str, Any]) -> None:
+    """Make protected entries of a mounted workspace read-only, and have it looked through after the call."""
+    for relative in args.get("protected", ()):
+        _protect(workspace_fd, relative)
+    path = f"/proc/self/fd/{workspace_fd}"
+    launch.out_fds["workspace"] = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _protect(workspace_fd: int, relative: str) -> None:

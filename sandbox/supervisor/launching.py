@@ -23,7 +23,13 @@ def _openers() -> dict[str, _Open]:
     """What opens each launcher beside the native one. Its module, and what that needs, is loaded only here."""
     from sandbox.supervisor import attending
 
-    return {"oci": attending.open_oci, "nsjail": attending.open_nsjail}
+    return {"docker": _open_docker, "oci": attending.open_oci, "nsjail": attending.open_nsjail}
+
+
+def _open_docker(setting: Setting) -> Launcher:
+    from sandbox.launchers.docker import DockerLauncher
+
+    return DockerLauncher(setting)
 
 
 class Launchers:

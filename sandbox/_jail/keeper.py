@@ -1,0 +1,184 @@
+"""The keeper: completes containers that somebody else's engine has made, and ends them when the supervisor is gone.
+
+An engine's containers are not our children: nothing ends them when the supervisor is killed. So a process beside it
+holds a descriptor of each container's first process, and kills them all when its socket to the supervisor closes.
+
+To complete one, a child of the keeper enters the namespaces of the container, which waits at its gate, and carries out
+the plan's steps there: private places, granted trees, denials, the sockets of the gateway. What is opened on the host
+is opened before it enters, without following links, and mounted from that very descriptor.
+Source: setns(2), pid_namespaces(7), pidfd_open(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+
+from sandbox._jail import cover, egress, inside, places, view
+from sandbox._jail.launch import Launch, report_failure
+from sandbox._linux import mounts, process, syscalls, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_NAMESPACES = (("net", syscalls.CLONE_NEWNET), ("pid", syscalls.CLONE_NEWPID), ("mnt", syscalls.CLONE_NEWNS))
+# The container's own tree, as seen by whoever has entered it; never empty, so that it can be opened.
+_ROOT = "/."
+
+
+class Entry(Launch):
+    """One container to be completed. `pid`: its first process, in our own pid namespace."""
+
+    def __init__(self, message: dict[str, object], fds: list[int]) -> None:
+        super().__init__({"mnt": "/run/sandbox", **message}, fds)
+        self.pid = int(str(message["pid"]))
+        self.mark = str(message["mark"])
+        # Opened on the host, mounted inside: descriptor, path inside, whether it is a directory.
+        self.trees: dict[str, tuple[int, bool]] = {}
+
+    @property
+    def root(self) -> str:
+        return _ROOT
+
+
+def main(control_fd: int) -> None:
+    """Serve on `control_fd` until the supervisor closes it; then kill what is left."""
+    control = socket.socket(fileno=control_fd)
+    os.umask(0o022)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    kept: dict[str, int] = {}
+    wire.send(control, {"ev": "ready", "pid": os.getpid()})
+    while True:
+        try:
+            message, fds = wire.receive(control)
+        except ConnectionResetError:
+            message, fds = None, []
+        if message is None:
+            break
+        name = str(message["name"])
+        if message["op"] == "forget":
+            if name in kept:
+                os.close(kept.pop(name))
+            continue
+        _enter(control, message, fds, kept)
+    for pidfd in kept.values():
+        with contextlib.suppress(ProcessLookupError):
+            syscalls.pidfd_kill(pidfd, signal.SIGKILL)
+
+
+def _enter(control: socket.socket, message: dict[str, object], fds: list[int], kept: dict[str, int]) -> None:
+    entry = Entry(message, fds)
+    entry.step = "container"
+    try:
+        pidfd = os.pidfd_open(entry.pid)
+        kept[str(message["name"])] = pidfd
+        # The pid may be another process's by now, or of another pid namespace: the descriptor stays with whom we ask.
+        if not _is_marked(entry):
+            raise OSError(3, f"process {entry.pid} is not the container's: its engine runs on another machine")
+        wire.send(entry.status, {"ev": "born", "pid": entry.pid, "notes": [], "fds": ["pidfd"]}, [pidfd])
+    except OSError as error:
+        report_failure(entry, error)
+    else:
+        if os.fork() == 0:
+            control.close()
+            for other in kept.values():
+                os.close(other)
+            _complete(entry)
+    for fd in entry.fds.values():
+        if fd != entry.fds["status"]:
+            os.close(fd)
+    entry.status.close()
+
+
+def _is_marked(entry: Entry) -> bool:
+    """Whether the process is in a cgroup that bears the container's name."""
+    with open(f"/proc/{entry.pid}/cgroup", encoding="utf-8", errors="replace") as file:
+        return entry.mark in file.read()
+
+
+def _complete(entry: Entry) -> None:
+    """In a child: open what is the host's, enter, and do the rest in a child that is inside. Does not return."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        process.die_with_parent()
+        entry.run_steps("view", OUTSIDE)
+        entry.applied.clear()
+        entry.step = "enter"
+        namespaces = [(os.open(f"/proc/{entry.pid}/ns/{name}", os.O_RDONLY), kind) for name, kind in _NAMESPACES]
+        for fd, kind in namespaces:
+            syscalls.setns(fd, kind)
+            os.close(fd)
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            os._exit(0)
+        os.chdir("/")
+        entry.run_steps("view", INSIDE)
+        entry.run_steps("call", INSIDE)
+        mounts.unmount_detached(places.INSIDE)
+        sealed: dict[str, object] = {"ev": "sealed", "steps": entry.applied, "notes": entry.notes}
+        wire.send(entry.status, {**sealed, "fds": [*entry.out_fds]}, [*entry.out_fds.values()])
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the container
+        report_failure(entry, error)
+    os._exit(0)
+
+
+def _nothing(_launch: Launch, _args: dict[str, Any]) -> None:
+    """A step that the engine has carried out, or that is the other side's."""
+
+
+def _open_grants(launch: Launch, args: dict[str, Any]) -> None:
+    assert isinstance(launch, Entry)
+    for grant in args["paths"]:
+        attributes = view.WRITABLE if grant["access"] == "write" else view.READ_ONLY
+        launch.trees[grant["jail_path"]] = view.open_grant(launch, grant["host_path"], attributes, grant)
+
+
+def _open_workspace(launch: Launch, args: dict[str, Any]) -> None:
+    assert isinstance(launch, Entry)
+    attributes = view.WRITABLE if args["mode"] == "rw" else view.READ_ONLY
+    launch.trees[args["jail_path"]] = view.open_grant(launch, args["host_path"], attributes, args)
+
+
+def _attach_grants(launch: Launch, args: dict[str, Any]) -> None:
+    for grant in sorted(args["paths"], key=lambda g: str(g["jail_path"]).count("/")):
+        _attach(launch, grant["jail_path"])
+
+
+def _attach(launch: Launch, jail_path: str) -> None:
+    assert isinstance(launch, Entry)
+    tree, is_directory = launch.trees[jail_path]
+    view.attach_grant(launch, tree, jail_path, directory=is_directory)
+
+
+def _attach_workspace(launch: Launch, args: dict[str, Any]) -> None:
+    _attach(launch, args["jail_path"])
+    fd = inside.make_place(launch, args["jail_path"], directory=True)
+    try:
+        view.protect(launch, fd, args)
+    finally:
+        os.close(fd)
+
+
+def _scratch(launch: Launch, args: dict[str, Any]) -> None:
+    places.scratch(launch, args, at=places.INSIDE, root="", owner=launch.owner)
+
+
+_ENGINES_OWN = ("container", "namespaces", "hostname", "rlimits", "proc", "capabilities", "no_new_privs", "seccomp")
+_ALL = (*_ENGINES_OWN, "etc_files", "scratch", "system_view", "grants", "workspace", "inner_grants", "deny")
+OUTSIDE = dict.fromkeys(_ALL, _nothing) | {
+    "grants": _open_grants,
+    "inner_grants": _open_grants,
+    "workspace": _open_workspace,
+}
+INSIDE = dict.fromkeys(_ALL, _nothing) | {
+    "scratch": _scratch,
+    "grants": _attach_grants,
+    "inner_grants": _attach_grants,
+    "workspace": _attach_workspace,
+    "deny": cover.deny,
+    "egress": egress.egress,
+}

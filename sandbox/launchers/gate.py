@@ -1,0 +1,103 @@
+"""The gate of a container that an engine starts by itself: a directory shared with it, and a shell script in it.
+
+The container's first program is the image's own `sh`. It waits at a named pipe until its call is known, opens the
+call's streams, which are named pipes as well, and becomes the tool. So a container can be made before its call, nothing
+of ours need be in the image, and no daemon carries the tool's bytes. The directory is mounted read-only; writing to a
+named pipe is not writing to its file system (fifo(7)). What the tool does to these pipes harms nobody but its own call.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+AT = "/run/sandbox"
+_WAITING = f"read -r _ < {AT}/go || exit 125\n. {AT}/call\n"
+PIPES = ("go", "status", "stdin", "stdout", "stderr", "request", "result")
+NOTHING = "nothing"
+EMPTY = "empty"
+# Python's own, and what covers denied paths (`sandbox._jail.cover`).
+_DIRECTORIES = {EMPTY: 0o755, "scratch": 0o755, "denied-directory": 0o000, "etc": 0o755}
+_FILES = {NOTHING: 0o644, "denied-file": 0o000}
+COMMAND = ("/bin/sh", f"{AT}/gate")
+
+
+class Gate:
+    """One container's directory on the host. Its parent is closed to everyone else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def make(cls, path: Path, etc: Mapping[str, str], runtime_files: Sequence[Sequence[str]]) -> Gate:
+        """Raises OSError. `runtime_files`: (host path, path inside) of what will be mounted below the directory."""
+        path.mkdir(mode=0o755, parents=True)
+        gate = cls(path)
+        try:
+            gate._fill(etc, runtime_files)
+        except BaseException:
+            gate.remove()
+            raise
+        return gate
+
+    def _fill(self, etc: Mapping[str, str], runtime_files: Sequence[Sequence[str]]) -> None:
+        # The umask must not decide what the container's uid may open; the directory above is closed to all others.
+        os.chmod(self.path, 0o755)  # noqa: S103
+        for name in PIPES:
+            os.mkfifo(self.path / name)
+            os.chmod(self.path / name, 0o666)  # noqa: S103
+        for name, mode in _DIRECTORIES.items():
+            (self.path / name).mkdir()
+            os.chmod(self.path / name, mode)
+        for name, mode in _FILES.items():
+            (self.path / name).touch()
+            os.chmod(self.path / name, mode)
+        for name, text in etc.items():
+            self.write(f"etc/{name}", text)
+        self.write("gate", _WAITING)
+        for source, inside in runtime_files:
+            place = self.path / inside.removeprefix(f"{AT}/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir() if os.path.isdir(source) else place.touch()
+
+    def write(self, name: str, text: str) -> None:
+        fd = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        os.chmod(self.path / name, 0o644)
+
+    def open_both(self, name: str) -> int:
+        """A pipe's descriptor that is its own other side: it neither waits for one nor ends with one."""
+        return os.open(self.path / name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def open_reading(self, name: str) -> int:
+        return os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def call_script(argv: Sequence[str], env: Mapping[str, str], cwd: str, streams: Mapping[str, str]) -> str:
+    """What the waiting shell does next. `streams` maps stdin, request and result to a path inside; stdin always is."""
+    status = f"{AT}/status"
+    program = shlex.quote(argv[0])
+    redirects = [f"<{streams['stdin']}", f">{AT}/stdout", f"2>{AT}/stderr"]
+    redirects += [f"3<{streams['request']}"] if "request" in streams else []
+    redirects += [f"4>{streams['result']}"] if "result" in streams else []
+    words = [f"{name}={value}" for name, value in env.items()]
+    # A program whose name holds "=" would be one more variable to env(1).
+    tool = [*argv] if "=" not in argv[0] else ["sh", "-c", 'exec "$@"', "sh", *argv]
+    lines = [
+        "umask 022",
+        f"PATH={shlex.quote(env.get('PATH', ''))}",
+        f"command -v env >/dev/null 2>&1 || {{ echo noenv >{status}; exit 125; }}",
+        f"cd {shlex.quote(cwd)} 2>/dev/null || {{ echo cwd >{status}; exit 126; }}",
+        f"command -v {program} >/dev/null 2>&1 || {{ echo missing >{status}; exit 127; }}",
+        f"exec {' '.join(redirects)}",
+        f"echo opened >{status}",
+        f"exec env -i {shlex.join([*words, *tool])}",
+    ]
+    return "\n".join(lines) + "\n"
