@@ -158,7 +158,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
         egress=planner_egress.policy(manifest, around.extra_roots),
         seccomp={"name": "default", "deny_set_affinity": _mechanism(limits, "cpus") == "cpu affinity"},
         isolation={
-            "namespaces": list(NAMESPACES),
+            "namespaces": [name for name in NAMESPACES if name != "user" or not view],
             **planner_launcher.isolation(choice, facts),
             **({"image": manifest.isolation.image} if view else {}),
             **({"extra_roots": dict(pair[:2] for pair in around.extra_roots)} if around.extra_roots else {}),

@@ -42,7 +42,8 @@ class Container(Protocol):
     """One container, from its launch to its end, in the supervisor's loop. Single use: `go` once, then `close`.
 
     `fds`: descriptors that came out of it, by name: `workspace`, `scratch` and `upper` to look through afterwards,
-    `egress:...` for the gateway, `terminal`, `pidfd`. `steps_applied` and `notes` go into the record. `failure` is
+    `egress:...` for the gateway, `terminal`, `pidfd`. `steps_applied`, `notes` and `details` (by field
+    of the record's isolation: a container's id, an image's digest) go into the record. `failure` is
     empty, or says which step failed: `step`, `errno`, `message`, and `bug` when it is ours. `ready` is set when it is
     sealed or has failed, `gone` when it has ended. `on_event` is told what happens inside: `executed`,
     `exec_failed` (errno), `exit` (wait_status, user_s, system_s, maxrss_bytes).
@@ -52,6 +53,7 @@ class Container(Protocol):
     fds: dict[str, int]
     steps_applied: list[str]
     notes: list[str]
+    details: dict[str, Any]
     failure: dict[str, Any]
     is_killed: bool
     is_closed: bool

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
@@ -70,6 +71,12 @@ class DockerLauncher:
         self._engines: dict[str, Engine] = {}
         self._opening = threading.Lock()
         self._minors: dict[str, tuple[int, str]] = {}
+        base = _gates(setting.state)
+        for left in base.iterdir():
+            if not _is_alive(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+        self.directory = base / setting.owner
+        self.directory.mkdir(mode=0o700, exist_ok=True)
         self.where = f"{_boot_id()}:{os.stat('/proc/self/ns/pid').st_ino}"
 
     def kind(self, plan: LaunchPlan) -> Kind:
@@ -121,6 +128,7 @@ class DockerLauncher:
         """Wait until what was begun is cleaned up, and let the keeper go."""
         self._pool.shutdown(wait=True)
         self.keeper.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 _PYTHON_MISSING: Final = 127
@@ -165,6 +173,14 @@ def _ask_python(engine: Engine, image_id: str, container: Mapping[str, Any]) -> 
     return (-1, "") if code in (_PYTHON_MISSING, 126) else (code, "python3")
 
 
+def _gates(state: Path) -> Path:
+    """Where the directories of gates are, by supervisor: in memory where there is such a place, closed to others."""
+    base = (Path("/run") if os.access("/run", os.W_OK) else state) / config.LABEL
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.chmod(base, 0o700)
+    return base
+
+
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
@@ -185,6 +201,7 @@ class DockerContainer:
         self.fds: dict[str, int] = {}
         self.steps_applied: list[str] = []
         self.notes: list[str] = []
+        self.details: dict[str, Any] = {}
         self.failure: dict[str, Any] = {}
         self.is_killed = False
         self.is_closed = False
@@ -262,11 +279,12 @@ class DockerContainer:
             cgroup_parent=parent,
             volumes=tuple((image.get("Config") or {}).get("Volumes") or ()),
         )
-        self.notes = [f"image {container['image']} is {image['Id']}"]
+        self.details = {"image_digest": image["Id"], "repo_digests": list(image.get("RepoDigests") or ())}
         if wanted.volumes:
             self.notes.append(f"volumes of the image are empty and read-only: {', '.join(wanted.volumes)}")
         name = f"{config.LABEL}-{launcher.setting.owner}-{self.name}-{os.urandom(3).hex()}"
         self._id = engine.create(config.create_body(wanted), name)
+        self.details["container_id"] = self._id
         if not self.is_closed:
             self._pid = engine.start(self._id)
 
@@ -286,11 +304,8 @@ class DockerContainer:
     def _make_gate(self) -> Gate:
         settings = config.step(self._plan, "etc_files")
         files = etc.files(settings["hostname"], settings["home"], settings["nameserver"], self._uid)
-        base = Path("/run") if os.access("/run", os.W_OK) else self._launcher.setting.state
-        parent = base / config.LABEL / self._launcher.setting.owner
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(base / config.LABEL, 0o700)
-        return Gate.make(parent / self.name, files, config.step(self._plan, "system_view")["runtime_files"])
+        path = self._launcher.directory / self.name
+        return Gate.make(path, files, config.step(self._plan, "system_view")["runtime_files"])
 
     def _make_group(self) -> str:
         """A group of ours around the container, where the daemon can be told of one path for every tree."""

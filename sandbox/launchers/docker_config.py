@@ -117,6 +117,8 @@ def mounts(wanted: Wanted) -> list[tuple[str, str]]:
     for path in (*wanted.volumes, *places):
         found[path] = f"{base}/{gate.EMPTY}"
     for path in granted:
+        if any(path.startswith(f"{place}/") for place in step(plan, "scratch")["directories"]):
+            continue  # made when that place is there, which no engine has seen
         found[path] = f"{base}/{gate.EMPTY if directories[path] else gate.NOTHING}"
     return [(source, target) for target, source in found.items()]
 

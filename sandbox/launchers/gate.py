@@ -59,9 +59,16 @@ class Gate:
             self.write(f"etc/{name}", text)
         self.write("gate", _WAITING)
         for source, inside in runtime_files:
-            place = self.path / inside.removeprefix(f"{AT}/")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.mkdir() if os.path.isdir(source) else place.touch()
+            self._make_place(inside.removeprefix(f"{AT}/").split("/"), directory=os.path.isdir(source))
+
+    def _make_place(self, parts: Sequence[str], *, directory: bool) -> None:
+        place = self.path
+        for name in parts[:-1]:
+            place /= name
+            place.mkdir(exist_ok=True)
+            os.chmod(place, 0o755)  # noqa: S103 - as above
+        place /= parts[-1]
+        place.mkdir() if directory else place.touch()
 
     def write(self, name: str, text: str) -> None:
         fd = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)

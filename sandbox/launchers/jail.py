@@ -125,6 +125,7 @@ class Jail:
         self.fds: dict[str, int] = {}
         self.steps_applied: list[str] = []
         self.notes: list[str] = []
+        self.details: dict[str, Any] = {}
         self.failure: dict[str, Any] = {}
         # Environment and directory that its template has prepared it for.
         self.usual: tuple[Mapping[str, str], str] | None = None

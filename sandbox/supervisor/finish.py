@@ -59,7 +59,7 @@ async def gather(
         stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
     gpu = await call.gpu.finish() if call.gpu is not None else {}
     stats["gpu"] = gpu.get("usage")
-    isolation: dict[str, Any] = {"applied": call.jail.steps_applied, "notes": call.jail.notes}
+    isolation: dict[str, Any] = {**call.jail.details, "applied": call.jail.steps_applied, "notes": call.jail.notes}
     if call.jail.group is not None:
         isolation["cgroup"] = call.jail.group.name
     try:
