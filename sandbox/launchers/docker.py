@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -225,6 +225,8 @@ class DockerContainer:
         self._pipes: dict[str, int] = {}
         self._feeds: list[Feed] = []
         self._is_opened = False
+        self._signals: list[int] = []
+        self._making: Future[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<DockerContainer {self.name} id={self._id[:12] or '-'} pid={self._pid} gone={self.gone.is_set()}>"
@@ -243,16 +245,17 @@ class DockerContainer:
 
     def launch(self) -> None:
         """Have it made; `ready` is set when that is done or has failed."""
-        self._task(self._launch())
+        self._making = self._launcher.thread(self._make)
+        self._task(self._launch(self._making))
 
     def _task(self, work: Any) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _launch(self) -> None:
+    async def _launch(self, making: Future[Any]) -> None:
         try:
-            await asyncio.wrap_future(self._launcher.thread(self._make))
+            await asyncio.wrap_future(making)
             if self.is_closed:
                 return
             self._enter()
@@ -269,6 +272,8 @@ class DockerContainer:
             self._python = launcher.python(engine, image["Id"], container)
         self._plan = self._complete_plan(image["Id"])
         self._gate = self._make_gate()
+        # Held open from here on: when we are gone, the waiting shell reads the end of it and goes too.
+        self._pipes["go"] = self._gate.open_both("go")
         parent = self._make_group()
         wanted = config.Wanted(
             self._plan,
@@ -420,7 +425,6 @@ class DockerContainer:
         assert isinstance(cwd, str)
         argv = [self._python, *argv[1:]] if self._python else list(argv)
         self._gate.write("call", call_script(argv, env, cwd, streams))
-        self._pipes["go"] = self._gate.open_both("go")
         os.write(self._pipes["go"], b"go\n")
 
     def _on_gate(self) -> None:
@@ -433,6 +437,8 @@ class DockerContainer:
                 feed.start()
             self.steps_applied.append("exec")
             self._tell({"ev": "executed"})
+            for number in self._signals:
+                self.signal(number)
         elif words[0] == "noenv":
             self.failure = {"step": "exec", "errno": 0, "message": "the image lacks env, which starts the tool"}
         else:
@@ -443,10 +449,13 @@ class DockerContainer:
             self.on_event(message)
 
     def signal(self, number: int) -> None:
-        """Through the container's init, which passes signals on to its child."""
+        """Through the container's init, which passes signals on to its child. Early ones wait for the tool."""
+        if not self._is_opened:
+            self._signals.append(number)
+            return
         engine, container = self._engine, self._id
         if engine is not None and not self.gone.is_set():
-            self._launcher.thread(lambda: engine.signal(container, number))
+            self._launcher.thread(lambda: _signal(engine, container, number))
 
     def kill(self) -> None:
         """The end of its first process is the end of everything in its pid namespace (pid_namespaces(7))."""
@@ -522,6 +531,9 @@ class DockerContainer:
 
     def _dispose(self) -> None:
         """In a thread: remove container, group and directory. What a dead daemon keeps, the next start removes."""
+        if self._making is not None:
+            # It was begun before this, so this waits for no thread that it takes itself.
+            wait([self._making])
         if self._engine is not None and self._id:
             with contextlib.suppress(LaunchError):
                 self._engine.remove(self._id)
@@ -531,6 +543,12 @@ class DockerContainer:
             self.group.below.destroy()
         if self._gate is not None:
             self._gate.remove()
+
+
+def _signal(engine: Engine, container: str, number: int) -> None:
+    """In a thread. A container that has ended meanwhile needs no signal, and a daemon that is gone shows in its end."""
+    with contextlib.suppress(LaunchError):
+        engine.signal(container, number)
 
 
 def _is_null(fd: int) -> bool:

@@ -1,0 +1,262 @@
+"""The docker launcher with a real daemon: what the engine is told, what the record says, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import LaunchError, Sandbox
+from tests.helpers import engine as engines
+
+GATES = Path("/run/toolcall-sandbox")
+WAIT_S = 20.0
+SLEEPER = ["sh", "-c", "trap 'exit 143' TERM; echo on; sleep 60 & wait"]
+
+
+@pytest.fixture
+def docker(engine: engines.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Sandbox]]:
+    """Makes sandboxes under the docker launcher; afterwards nothing of theirs is left in the daemon or on the host."""
+    monkeypatch.setenv("DOCKER_HOST", engine.host)
+    made: list[Sandbox] = []
+
+    def make(image: str = engines.PYTHON, **sections: Any) -> Sandbox:
+        isolation = {"launcher": "docker", "image": image}
+        manifest = {"filesystem": {"write": [":workspace"]}, **sections, "isolation": isolation}
+        made.append(Sandbox(manifest, state=tmp_path))
+        return made[-1]
+
+    yield make
+    for box in made:
+        box.close()
+    wait_for(lambda: [one["Name"] for one in containers(engine)] == [])
+    assert not GATES.exists() or not any(str(path.name).startswith(str(os.getpid())) for path in GATES.iterdir())
+
+
+def containers(engine: engines.Engine) -> list[dict[str, Any]]:
+    import docker
+
+    client = docker.APIClient(base_url=engine.host, version="auto")
+    try:
+        found: list[dict[str, Any]] = client.containers(all=True)
+        return [client.inspect_container(one["Id"]) for one in found]
+    except docker.errors.NotFound:
+        return containers(engine)
+    finally:
+        client.close()
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while not (found := what()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+    return found
+
+
+def test_the_engine_is_told_to_take_everything_away(docker: Callable[..., Sandbox], engine: engines.Engine) -> None:
+    with docker(resources={"memory": "64MiB", "pids": 9, "cpus": 0.5}).stream(SLEEPER) as stream:
+        assert next(iter(stream)) == ("stdout", b"on\n")
+        there = {one["Id"]: one for one in containers(engine)}
+        stream.signal(signal.SIGTERM)
+        done = stream.outcome
+    assert done.exit_code == 128 + signal.SIGTERM
+    found = there[done.record.isolation.container_id]
+    host, config = found["HostConfig"], found["Config"]
+    assert host["CapDrop"] == ["ALL"]
+    assert host["CapAdd"] is None
+    assert host["NetworkMode"] == "none"
+    assert host["ReadonlyRootfs"]
+    assert host["Init"]
+    assert not host["Privileged"]
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert json.loads(host["SecurityOpt"][1].removeprefix("seccomp="))["defaultAction"] == "SCMP_ACT_ERRNO"
+    assert (host["Memory"], host["MemorySwap"], host["PidsLimit"], host["NanoCpus"]) == (
+        64 << 20,
+        64 << 20,
+        10,
+        5 * 10**8,
+    )
+    assert int(config["User"].split(":")[0]) > 65536
+    assert config["Labels"]["toolcall-sandbox"] == "call"
+    sources = [mount["Source"] for mount in found["Mounts"]]
+    assert not any("docker.sock" in source for source in sources)
+    assert not any(mount["RW"] for mount in found["Mounts"])
+
+
+def test_the_record_names_image_digest_container_and_limits(
+    docker: Callable[..., Sandbox], engine: engines.Engine
+) -> None:
+    done = docker().run(["true"])
+    isolation = done.record.isolation
+    assert (isolation.launcher, isolation.image) == ("docker", engines.PYTHON)
+    assert isolation.image_digest.startswith("sha256:")
+    assert len(isolation.container_id) == 64
+    assert set(isolation.requested) == set(isolation.applied)
+    assert done.record.enforcement["memory"]["mechanism"] == "container memory and swap limit"
+
+
+def test_programs_run_in_an_image_without_python(docker: Callable[..., Sandbox]) -> None:
+    assert docker(engines.NO_PYTHON).run(["sh", "-c", "echo $((6 * 7))"]).text == "42\n"
+
+
+def _answer() -> int:
+    return 42
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [(engines.OTHER_PYTHON, "has Python 3.9"), (engines.NO_PYTHON, "has no python3")],
+)
+def test_a_function_is_refused_where_its_python_is_not(docker: Callable[..., Sandbox], image: str, says: str) -> None:
+    with pytest.raises(LaunchError, match=says) as caught:
+        docker(image).call(_answer).unwrap()
+    assert f"Python 3.{sys.version_info.minor}" in caught.value.message
+    assert docker().call(_answer).unwrap() == 42
+
+
+def test_a_missing_image_is_the_hosts_fault_and_says_what_to_do(docker: Callable[..., Sandbox]) -> None:
+    done = docker("sandbox-test/none:1").run(["true"])
+    assert (done.ending.kind, done.ending.fault, done.exit_code) == ("launch_error", "host", 125)
+    assert "No such image" in done.ending.message
+    assert "docker pull" in done.ending.message
+    assert docker().run(["true"]).ok
+
+
+def test_a_container_that_somebody_removes_is_lost_by_the_host(
+    docker: Callable[..., Sandbox], engine: engines.Engine
+) -> None:
+    import docker as sdk
+
+    with docker().stream(SLEEPER) as stream:
+        assert next(iter(stream)) == ("stdout", b"on\n")
+        client = sdk.APIClient(base_url=engine.host, version="auto")
+        for one in client.containers():
+            client.remove_container(one["Id"], force=True)
+        client.close()
+        done = stream.outcome
+    # The engine may still say how it ended before it forgets it; then all that is known is SIGKILL.
+    found = (done.ending.kind, done.ending.fault, done.exit_code)
+    assert found in (("lost", "host", 125), ("tool_error", "tool", 137))
+
+
+def test_containers_made_beforehand_serve_one_call_each(docker: Callable[..., Sandbox]) -> None:
+    box = docker()
+    ids = [box.run(["true"]).record.isolation.container_id for _ in range(4)]
+    assert len(set(ids)) == 4
+    wait_for(lambda: _is_parked(box))
+
+
+def _is_parked(box: Sandbox) -> bool:
+    started = time.monotonic()
+    assert box.run(["true"]).ok
+    return time.monotonic() - started < 5
+
+
+def test_calls_at_once_do_not_meet(docker: Callable[..., Sandbox]) -> None:
+    box = docker()
+    found: list[str] = []
+
+    def call(number: int) -> None:
+        found.append(box.run(["sh", "-c", f"echo {number} > /tmp/n; sleep 0.3; cat /tmp/n; ls /tmp | wc -l"]).text)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [f"{number}\n1\n" for number in range(4)]
+
+
+CALLER = """
+import sys
+from sandbox import Sandbox
+manifest = {"isolation": {"launcher": "docker", "image": sys.argv[1]}}
+with Sandbox(manifest, state=sys.argv[2]) as box, box.stream(["sh", "-c", "echo on; sleep 300"]) as stream:
+    print(next(iter(stream)), flush=True)
+    stream.outcome
+"""
+
+
+def _caller(engine: engines.Engine, state: Path) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", CALLER, engines.PYTHON, str(state)]
+    env = {**os.environ, "DOCKER_HOST": engine.host}
+    caller = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert caller.stdout is not None
+    assert "on" in caller.stdout.readline()
+    return caller
+
+
+def test_when_the_caller_is_killed_its_container_goes(engine: engines.Engine, tmp_path: Path) -> None:
+    with _caller(engine, tmp_path) as caller:
+        caller.kill()
+    wait_for(lambda: containers(engine) == [])
+
+
+def test_when_the_supervisor_is_killed_its_container_dies_and_the_next_start_removes_it(
+    engine: engines.Engine, tmp_path: Path, docker: Callable[..., Sandbox]
+) -> None:
+    with _caller(engine, tmp_path) as caller:
+        supervisor = _children(caller.pid)
+        assert supervisor
+        for pid in supervisor:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: all(not one["State"]["Running"] for one in containers(engine)))
+        caller.kill()
+    left = {one["Id"] for one in containers(engine)}
+    assert left, "a killed supervisor removes nothing"
+    assert docker().run(["true"]).ok
+    assert not left & {one["Id"] for one in containers(engine)}
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except (OSError, IndexError):
+                continue
+            if int(stat[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_daemon_that_stops_under_a_call_loses_it_and_is_missed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if reason := engines.missing():
+        pytest.skip(f"needs a Docker daemon: {reason}")
+    with engines.running() as own:
+        own.load(engines.NO_PYTHON, engines.plain_image())
+        monkeypatch.setenv("DOCKER_HOST", own.host)
+        manifest = {"isolation": {"launcher": "docker", "image": engines.NO_PYTHON}}
+        with Sandbox(manifest, state=tmp_path) as box:
+            with box.stream(["sh", "-c", "echo on; sleep 60"]) as stream:
+                assert next(iter(stream)) == ("stdout", b"on\n")
+                own.stop()
+                done = stream.outcome
+            assert (done.ending.kind, done.ending.fault) == ("lost", "host")
+            assert any("not known" in note for note in done.record.isolation.notes)
+            after = box.run(["true"])
+        assert (after.ending.kind, after.ending.fault) == ("launch_error", "host")
+        assert "does not answer" in after.ending.message
+        assert "start it" in after.ending.message
+
+
+def test_a_remote_daemon_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sandbox import Unenforceable
+
+    monkeypatch.setenv("DOCKER_HOST", "tcp://192.0.2.1:2375")
+    box = Sandbox({"isolation": {"launcher": "docker", "image": "debian:12"}}, state=tmp_path)
+    with box, pytest.raises(Unenforceable, match="only a daemon on this host"):
+        box.run(["true"])

@@ -1,0 +1,121 @@
+"""What is made of a daemon's answers, and which requests are made again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sandbox.errors import LaunchError, LauncherUnavailable
+from sandbox.launchers import docker_engine
+from sandbox.launchers.docker_engine import Engine, is_transient, refuse, translate
+
+GOOD: dict[str, Any] = {
+    "OSType": "linux",
+    "KernelVersion": "6.1",
+    "SecurityOptions": ["name=seccomp,profile=default"],
+    "MemoryLimit": True,
+    "PidsLimit": True,
+    "CpuCfsQuota": True,
+}
+
+
+class Answer(Exception):
+    def __init__(self, status_code: int, explanation: str) -> None:
+        super().__init__(explanation)
+        self.status_code = status_code
+        self.explanation = explanation
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"KernelVersion": "5.15-linuxkit"}, "another kernel"),
+        ({"OSType": "windows"}, "another kernel"),
+        ({"SecurityOptions": ["name=seccomp", "name=rootless"]}, "rootless"),
+        ({"SecurityOptions": ["name=seccomp", "name=userns"]}, "maps user ids"),
+        ({"SecurityOptions": []}, "no seccomp filter"),
+        ({"PidsLimit": False}, "cannot limit processes"),
+    ],
+)
+def test_a_daemon_that_cannot_hold_the_plan_is_refused_by_name(change: dict[str, Any], says: str) -> None:
+    assert refuse(GOOD, "6.1") == ""
+    assert says in refuse({**GOOD, **change}, "6.1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "step", "hint"),
+    [
+        (Answer(404, "No such image: x:1"), "image", "docker pull"),
+        (Answer(500, "mkdir: no space left on device"), "container", "make room"),
+        (Answer(400, "unknown or invalid runtime name: runsc"), "container", "daemon.json"),
+        (Answer(400, "invalid mount config: bind source path does not exist: /x"), "container", "same files"),
+    ],
+)
+def test_a_daemons_refusal_becomes_ours_with_what_to_do(answer: Answer, step: str, hint: str) -> None:
+    error = translate(answer, "launcher", "unix:///x")
+    assert not isinstance(error, LauncherUnavailable)
+    assert error.step == step
+    assert hint in error.hint
+
+
+def test_a_daemon_that_is_not_there_is_unavailable() -> None:
+    error = translate(ConnectionRefusedError("refused"), "container", "unix:///x")
+    assert isinstance(error, LauncherUnavailable)
+    assert "unix:///x does not answer" in error.message
+
+
+class Api:
+    def __init__(self, *answers: Exception) -> None:
+        self.answers = list(answers)
+        self.removed: list[str] = []
+        self.created = 0
+
+    def create_container_from_config(self, _body: dict[str, Any], _name: str) -> dict[str, str]:
+        self.created += 1
+        if self.answers:
+            raise self.answers.pop(0)
+        return {"Id": "abc"}
+
+    def start(self, _container: str) -> None:
+        self.created += 1
+        raise self.answers.pop(0)
+
+    def remove_container(self, name: str, **_options: bool) -> None:
+        self.removed.append(name)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("tenacity")
+    pytest.importorskip("docker")
+
+    def make(*answers: Exception) -> tuple[Engine, Api]:
+        api = Api(*answers)
+        made = Engine("unix:///x")
+        monkeypatch.setattr(docker_engine.Engine, "_api", lambda _self: api)
+        return made, api
+
+    return make
+
+
+def test_creating_is_tried_again_after_a_passing_trouble_and_leaves_one_container(engine: Any) -> None:
+    made, api = engine(Answer(503, "busy"), Answer(500, "context deadline: timeout"))
+    assert made.create({}, "one") == "abc"
+    assert api.created == 3
+    assert api.removed == ["one", "one"]
+
+
+def test_what_will_not_pass_is_not_tried_again(engine: Any) -> None:
+    made, api = engine(Answer(400, "bad parameter"))
+    with pytest.raises(LaunchError, match="bad parameter"):
+        made.create({}, "one")
+    assert api.created == 1
+
+
+def test_starting_is_never_tried_again(engine: Any) -> None:
+    made, api = engine(Answer(503, "busy"), Answer(503, "busy"))
+    assert is_transient(Answer(503, "busy"))
+    with pytest.raises(LaunchError, match="busy"):
+        made.start("one")
+    assert api.created == 1
