@@ -19,6 +19,7 @@ import socket
 from sandbox._jail import cover, egress, inside, places, view
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
+from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -164,7 +165,9 @@ def _attach_workspace(launch: Launch, args: dict[str, Any]) -> None:
 
 
 def _scratch(launch: Launch, args: dict[str, Any]) -> None:
-    places.scratch(launch, args, at=places.INSIDE, root="", owner=launch.owner)
+    batch = Batch()
+    places.scratch(launch, batch, args, at=places.INSIDE, root="", owner=launch.owner)
+    batch.run()
 
 
 _ENGINES_OWN = ("container", "namespaces", "hostname", "rlimits", "proc", "capabilities", "no_new_privs", "seccomp")
