@@ -195,11 +195,12 @@ class _Attendant:
         """In the process that becomes the runtime: what the container inherits from it."""
         launch = self.launch
         syscalls.setns(cgroup_namespace, syscalls.CLONE_NEWCGROUP)
-        launch.run_steps("enter", _ENTER)
         # First out of the way of the low numbers, so that no dup2 overwrites a source that is still needed.
         moved = [fcntl.fcntl(launch.fds[name], fcntl.F_DUPFD_CLOEXEC, 32) for name in self.inner_fds]
         for number, fd in enumerate(moved, FIRST_INNER_FD):
             os.dup2(fd, number, inheritable=True)
+        # Only now: the call's limit of open files may be lower than the numbers above.
+        launch.run_steps("enter", _ENTER)
 
     def _join_cgroup(self, pid: int) -> None:
         self.launch.step = "join_cgroup"

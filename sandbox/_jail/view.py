@@ -13,8 +13,8 @@ import os
 import signal
 import stat
 
-from sandbox._jail import cover, etc, inside, places, trust
-from sandbox._linux import mounts, syscalls
+from sandbox._jail import cover, inside, places, trust
+from sandbox._linux import etc, mounts, syscalls
 from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False

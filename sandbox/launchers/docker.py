@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sandbox._jail import etc
-from sandbox._linux import cgroup, syscalls, wire
+from sandbox._linux import cgroup, etc, syscalls, wire
 from sandbox.errors import LaunchError, LauncherUnavailable
 from sandbox.launchers import docker_config as config
 from sandbox.launchers.contract import Setting

@@ -11,22 +11,27 @@ from sandbox.testing import CHECKS, Check, Stage, check_launcher
 from sandbox.testing.stage import BROKEN, HELD, NOT_TRIED, REFUSED, judge
 from tests.helpers import engine as engines
 
-LAUNCHERS = ("jail", "docker")
-# What a launcher declares that it cannot do has to be refused, and nothing else may be.
-REFUSALS = {
-    "jail": {"io"},  # by cgroup version 1 and without cgroups, which is the host's affair
-    "docker": {"io", "changes_can_be_discarded"},
+WALLS: dict[str, dict[str, Any]] = {
+    "jail": {"launcher": "jail"},
+    "crun": {"launcher": "oci", "runtime": "crun"},
+    "runc": {"launcher": "oci", "runtime": "runc"},
+    "nsjail": {"launcher": "nsjail"},
+    "docker": {"launcher": "docker", "image": engines.PYTHON},
 }
+# A program of that name is needed; the native jail needs none.
+NEEDS = {"crun": ("crun",), "runc": ("runc", "root"), "nsjail": ("nsjail",)}
+PARAMS = [pytest.param(name, marks=[pytest.mark.needs(*NEEDS[name])] if name in NEEDS else []) for name in WALLS]
+# What a launcher declares that it cannot do has to be refused, and nothing else may be. A limit on disk traffic by
+# cgroup version 1, or without cgroups, is the host's affair.
+REFUSALS = {"docker": {"io", "changes_can_be_discarded"}}
 
 
-@pytest.fixture(scope="module", params=LAUNCHERS)
+@pytest.fixture(scope="module", params=PARAMS)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Stage]]:
-    isolation: dict[str, Any] = {"launcher": request.param}
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "docker":
             patch.setenv("DOCKER_HOST", request.getfixturevalue("engine").host)
-            isolation["image"] = engines.PYTHON
-        made = Stage(isolation, tmp_path_factory.mktemp("state"))
+        made = Stage(WALLS[request.param], tmp_path_factory.mktemp("state"))
         try:
             with made.box():
                 yield request.param, made
@@ -43,8 +48,8 @@ def test_promise(stage: tuple[str, Stage], check: Check) -> None:
         pytest.skip(f"needs {finding.reason}")
     assert finding.verdict in (HELD, REFUSED), finding.reason
     if finding.verdict == REFUSED:
-        assert check.name in REFUSALS[launcher], finding.reason
-    elif launcher != "jail":
+        assert check.name in REFUSALS.get(launcher, {"io"}), finding.reason
+    elif launcher in REFUSALS:
         assert check.name not in REFUSALS[launcher], "declared as a gap, yet it works"
 
 
