@@ -57,7 +57,7 @@ def test_docker_that_is_named_is_taken_with_its_image_on_record() -> None:
     assert plan.launcher == "docker"
     assert plan.isolation["image"] == "debian:12"
     assert plan.isolation["grade"] == "namespaces"
-    assert plan.steps[0].args == {"image": "debian:12", "runtime": ""}
+    assert plan.steps[0].args == {"image": "debian:12", "runtime": "", "engine": "", "function": False}
     assert all(not limit.mechanism.startswith("cgroup v") for limit in plan.limits)
 
 
@@ -86,6 +86,16 @@ def test_a_launcher_that_is_named_is_never_replaced_by_another() -> None:
     assert planned({**IMAGE, "runtime": "crun"}, runtimes=("crun",)).isolation["runtime"] == "crun"
     error = refused({"launcher": "jail", "minimum": "microvm"})
     assert error.controls["isolation"] == "microvm needs another launcher than the native jail"
+
+
+@pytest.mark.parametrize(("engine", "is_refused"), [("tcp://192.0.2.1:2375", True), ("unix:///run/docker.sock", False)])
+def test_only_an_engine_on_this_host_will_do(engine: str, *, is_refused: bool) -> None:
+    around = Surroundings(engine=engine)
+    if is_refused:
+        with pytest.raises(Unenforceable, match="only a daemon on this host"):
+            decide(Manifest(isolation=IMAGE), CALL, FULL, around)
+    else:
+        assert decide(Manifest(isolation=IMAGE), CALL, FULL, around).steps[0].args["engine"] == engine
 
 
 def test_an_unknown_launcher_is_refused_by_name() -> None:
