@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from sandbox import host
@@ -25,6 +26,11 @@ from sandbox.host import HostFacts, programs
 PROGRAMS = ("gcc", "git", "make", "node", "npm", "ssh", "ssh-keygen", "strace", "docker", "script", "java")
 PROGRAMS += ("iodine", "ptunnel-ng")
 RUNTIMES = ("crun", "runc", "runsc", "nsjail")
+
+
+# No test asserts a time, and these neither: a machine under load is slow now and then.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @functools.cache

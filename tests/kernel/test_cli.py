@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -548,7 +549,12 @@ def test_help_is_there(cli: Cli, words: list[str]) -> None:
 
 
 def test_completion_knows_commands_options_and_profiles(cli: Cli) -> None:
-    assert "complete" in cli("--show-completion", "bash").stdout
+    # Which shell it is for is told by the parent process.
+    script = shlex.join([*CLI, "--show-completion"]) + "; exit $?"
+    shown = subprocess.run(
+        ["bash", "-c", script], env=environment(cli.state), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert "complete" in shown.stdout, shown
     for line, wanted in (("sandbox ru", "run"), ("sandbox run --mem", "--memory"), ("sandbox run -p she", "shell")):
         words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_SANDBOX_COMPLETE": "complete_bash"}
         env = {**environment(cli.state), **words}
