@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ public class Fetch {
   }
 }
 """
+COMMIT = "git -c user.name=t -c user.email=t@example.test commit -q --allow-empty -m two"
 CODE = {
     "urllib": "import urllib.request,sys;print(urllib.request.urlopen(sys.argv[1],timeout=20).read().decode())",
     "requests": "import requests,sys;print(requests.get(sys.argv[1],timeout=20).text)",
@@ -44,8 +46,31 @@ import aiohttp,asyncio,sys
 async def main():
     async with aiohttp.ClientSession() as s, s.get(sys.argv[1]) as r: print(await r.text())
 asyncio.run(main())""",
+    "websockets": """
+import sys
+from websockets.sync.client import connect
+with connect(sys.argv[1]) as ws:
+    for n in range(100): ws.send(f"message {n}"); assert ws.recv() == f"message {n}"
+    ws.send(b"x" * 900000); print(len(ws.recv()), "back")
+""",
+    "h2": """
+const session = require("http2").connect(process.argv[1]); let left = 20, bytes = 0;
+session.on("error", e => { console.error(e.message); process.exit(1); });
+for (let n = 0; n < 20; n++) {
+  const stream = session.request({":path": `/${n}`});
+  stream.on("data", data => { bytes += data.length; });
+  stream.on("end", () => { if (--left == 0) { console.log(session.alpnProtocol, bytes); session.close(); } });
+}""",
     "node": "fetch(process.argv[1]).then(r=>r.text()).then(console.log)",
 }
+
+
+H2_SERVER = """
+const [address, pem] = process.argv.slice(1), pair = require("fs").readFileSync(pem);
+const server = require("http2").createSecureServer({key: pair, cert: pair});
+server.on("stream", stream => { stream.respond({":status": 200}); stream.end("h".repeat(100000)); });
+server.listen(8443, address, () => console.log("ready"));
+"""
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
@@ -53,6 +78,33 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         return
+
+    def do_POST(self) -> None:
+        self._smart()
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/smart/"):
+            self._smart()
+        else:
+            super().do_GET()
+
+    def _smart(self) -> None:
+        """git-http-backend(1), by CGI."""
+        path, _, query = self.path.partition("?")
+        env = {"PATH": os.environ["PATH"], "GIT_PROJECT_ROOT": self.directory, "GIT_HTTP_EXPORT_ALL": "1"}
+        env |= {"PATH_INFO": path.removeprefix("/smart"), "QUERY_STRING": query, "REQUEST_METHOD": self.command}
+        env |= {"CONTENT_TYPE": self.headers.get("Content-Type", ""), "REMOTE_ADDR": "192.0.2.1", "REMOTE_USER": "t"}
+        env |= {"GIT_PROTOCOL": self.headers.get("Git-Protocol", ""), "GIT_CONFIG_GLOBAL": "/dev/null"}
+        env |= {"HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", "")}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        done = subprocess.run(["git", "http-backend"], env=env, input=body, capture_output=True, check=True)
+        head, _, answer = done.stdout.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+        self.send_response(int(headers.pop("Status", "200").split()[0]))
+        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer)
 
 
 class World:
@@ -78,6 +130,38 @@ class World:
         if context is not None:
             server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def make_repository(self) -> None:
+        """One commit; also over smart HTTP (`/smart/repo.git`), where it may be pushed to."""
+        source, bare = str(self.root / "work"), str(self.root / "repo.git")
+        env = {"PATH": os.environ["PATH"], "HOME": str(self.root), "GIT_CONFIG_GLOBAL": "/dev/null"}
+        env |= {f"GIT_{who}_{what}": "t@example.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        for argv in (
+            ["git", "init", "-q", source],
+            ["git", "-C", source, "commit", "-q", "--allow-empty", "-m", "one"],
+            ["git", "clone", "-q", "--bare", source, bare],
+            ["git", "-C", bare, "update-server-info"],
+            ["git", "-C", bare, "config", "http.receivepack", "true"],
+        ):
+            subprocess.run(argv, check=True, env=env, capture_output=True)
+
+    def log_of_repository(self) -> list[str]:
+        argv = ["git", "-C", str(self.root / "repo.git"), "log", "--format=%s"]
+        env = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": "/dev/null"}
+        return subprocess.run(argv, check=True, env=env, capture_output=True, text=True).stdout.split()
+
+    @contextmanager
+    def http2(self) -> Iterator[None]:
+        """A real HTTP/2 server at port 8443: node's."""
+        pem = str(Path(self.certificates.ca_path).with_name(f"{NAMES[0]}.pem"))
+        argv = ["node", "-e", H2_SERVER, WEB, pem]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            try:
+                yield
+            finally:
+                server.kill()
 
     def run(self, argv: list[str], *allow: str, **settings: Any) -> dict[str, Any]:
         from sandbox import Sandbox
@@ -128,16 +212,7 @@ def test_curl_fetches_over_https_and_not_from_elsewhere() -> None:
 @pytest.mark.needs("git")
 def test_git_clones_over_https() -> None:
     def body(world: World) -> list[Any]:
-        source = world.root / "work"
-        env = {"PATH": os.environ["PATH"], "HOME": str(world.root), "GIT_CONFIG_GLOBAL": "/dev/null"}
-        env |= {f"GIT_{who}_{what}": "t@example.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        for argv in (
-            ["git", "init", "-q", str(source)],
-            ["git", "-C", str(source), "commit", "-q", "--allow-empty", "-m", "one"],
-            ["git", "clone", "-q", "--bare", str(source), str(world.root / "repo.git")],
-            ["git", "-C", str(world.root / "repo.git"), "update-server-info"],
-        ):
-            subprocess.run(argv, check=True, env=env, capture_output=True)
+        world.make_repository()
         clone = "git clone -q https://git.example.test/repo.git && git -C repo log --format=%s"
         return [
             world.run(["sh", "-c", clone], "git.example.test:443"),
@@ -146,6 +221,65 @@ def test_git_clones_over_https() -> None:
 
     allowed, denied = in_world(body)
     assert allowed["out"].strip() == "one", allowed
+    assert denied["exit"] != 0
+    assert "git.example.test is not permitted" in denied["denials"][0]
+
+
+@pytest.mark.needs("git")
+def test_git_clones_and_pushes_over_smart_http() -> None:
+    def body(world: World) -> list[Any]:
+        world.make_repository()
+        work = f"git clone -q https://git.example.test/smart/repo.git && cd repo && {COMMIT} && git push -q 2>&1"
+        told = [world.run(["sh", "-c", work], f"{name}:443") for name in ("git.example.test", "www.example.test")]
+        return [*told, world.log_of_repository()]
+
+    allowed, denied, log = in_world(body)
+    assert allowed["exit"] == 0, allowed
+    assert log == ["two", "one"]
+    assert denied["exit"] != 0
+    assert "git.example.test is not permitted" in denied["denials"][0]
+
+
+@pytest.mark.needs("node")
+def test_http_2_passes_untouched_where_nobody_looks_into_it() -> None:
+    def body(world: World) -> list[Any]:
+        client = ["node", "-e", CODE["h2"]]
+        with world.http2():
+            return [
+                world.run([*client, "https://www.example.test:8443"], "www.example.test:8443/tls"),
+                world.run([*client, f"https://{WEB}:8443"], "www.example.test:8443/tls"),
+            ]
+
+    allowed, denied = in_world(body)
+    assert allowed["out"].split() == ["h2", str(20 * 100_000)], allowed
+    (flow,) = reached(allowed, "www.example.test", 8443)
+    assert flow["proto"] == "tls"
+    assert flow["bytes_in"] > 20 * 100_000
+    assert denied["exit"] != 0
+    assert denied["network"][-1]["reason"] == "address_not_named"
+
+
+def test_websockets_pass() -> None:
+    if not _importable("websockets"):
+        pytest.skip("needs websockets in this interpreter")
+
+    def body(world: World) -> list[Any]:
+        from websockets.sync.server import ServerConnection, serve
+
+        def echo_all(ws: ServerConnection) -> None:
+            for message in ws:
+                ws.send(message)
+
+        server = serve(echo_all, WEB, 8444, ssl=world.certificates.context(*NAMES))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = ["python3", "-c", CODE["websockets"]]
+        return [
+            world.run([*client, f"wss://{name}:8444/"], "www.example.test:8444/tls")
+            for name in ("www.example.test", "git.example.test")
+        ]
+
+    allowed, denied = in_world(body)
+    assert allowed["out"].strip() == "900000 back", allowed
     assert denied["exit"] != 0
     assert "git.example.test is not permitted" in denied["denials"][0]
 

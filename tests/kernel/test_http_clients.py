@@ -59,7 +59,7 @@ def test_curl_downloads() -> None:
     assert refused(denied) == ["/big"]
 
 
-@pytest.mark.parametrize("client", [name for name in CODE if name != "node"])
+@pytest.mark.parametrize("client", ["urllib", "requests", "httpx", "aiohttp"])
 def test_python_clients_fetch(client: str) -> None:
     if client != "urllib" and not _importable(client):
         pytest.skip(f"needs {client} in this interpreter")
@@ -95,16 +95,7 @@ def test_node_fetches() -> None:
 @pytest.mark.needs("git")
 def test_git_clones_what_is_named() -> None:
     def body(world: World) -> list[Any]:
-        env = {"PATH": os.environ["PATH"], "HOME": str(world.root), "GIT_CONFIG_GLOBAL": "/dev/null"}
-        env |= {f"GIT_{who}_{what}": "t@example.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        source, bare = str(world.root / "work"), str(world.root / "repo.git")
-        for argv in (
-            ["git", "init", "-q", source],
-            ["git", "-C", source, "commit", "-q", "--allow-empty", "-m", "one"],
-            ["git", "clone", "-q", "--bare", source, bare],
-            ["git", "-C", bare, "update-server-info"],
-        ):
-            subprocess.run(argv, check=True, env=env, capture_output=True)
+        world.make_repository()
         clone = f"git clone -q https://{GIT}/repo.git && git -C repo log --format=%s"
         return [
             world.run(["sh", "-c", clone], f"GET {GIT} {path} inspect") for path in ("/repo.git/**", "/other.git/**")
@@ -114,6 +105,31 @@ def test_git_clones_what_is_named() -> None:
     assert allowed["out"].strip() == "one", allowed
     assert denied["exit"] != 0
     assert refused(denied) == ["/repo.git/info/refs"]
+
+
+@pytest.mark.needs("git")
+def test_git_may_read_a_repository_and_not_write_it() -> None:
+    def body(world: World) -> list[Any]:
+        world.make_repository()
+        work = f"git clone -q https://{GIT}/smart/repo.git && cd repo && {clients.COMMIT} && git push -q 2>&1"
+        reading = (
+            f"GET {GIT} /smart/repo.git/info/refs inspect",
+            f"POST {GIT} /smart/repo.git/git-upload-pack inspect",
+        )
+        first = world.run(["sh", "-c", work], *reading)
+        before = world.log_of_repository()
+        return [
+            first,
+            before,
+            world.run(["sh", "-c", work], *reading, f"POST {GIT} /smart/repo.git/git-receive-pack inspect"),
+            world.log_of_repository(),
+        ]
+
+    reader, before, writer, after = in_world(body)
+    assert refused(reader) == ["/smart/repo.git/git-receive-pack"], reader
+    assert before == ["one"]
+    assert writer["exit"] == 0, writer
+    assert after == ["two", "one"]
 
 
 def test_pip_installs_from_the_part_of_an_index_that_is_named() -> None:
