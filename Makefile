@@ -14,7 +14,7 @@ demo: venv ## what ROME did, first without our jail, then inside it; then a CSV 
 	@.venv/bin/python examples/analyse_csv.py
 
 bench: venv ## what a call costs here, beside other sandboxes (bench/install-peers installs some)
-	.venv/bin/sandbox bench $(BENCH)
+	.venv/bin/sandbox bench --sustained 60 --alive 500 $(BENCH)
 	.venv/bin/python bench/egress.py $(EGRESS_BENCH)
 
 test: venv ## all tests; as root also the user-mode ones as an ordinary user

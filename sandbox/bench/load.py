@@ -53,6 +53,15 @@ def own_cpu_ms(box: Sandbox, call: Callable[[], object], count: int) -> float:
     return (_tree_cpu_s(box) - before + time.process_time() - mine) / count * 1000
 
 
+def spawned_cpu_ms(do: Callable[[], object], count: int) -> float:
+    """Processor time of the processes that `do` starts and waits for, and of all of theirs, in milliseconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(count):
+        do()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / count * 1000
+
+
 def _tree_cpu_s(box: Sandbox) -> float:
     assert box._link is not None
     pids = [box._link.supervisor_pid]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -58,6 +59,10 @@ def run(options: Options, tell: Callable[[str], None]) -> dict[str, Any]:
         result["latency_ms"] = _latency(measured, everybody)
         result["failures"] = {name: texts for name, texts in measured.failures.items() if texts}
         result["ours"] = _ours(boxes, todo, options, tell)
+        result["spawned_cpu_ms"] = _spawned(everybody, todo, result["failures"])
+        if options.seconds:
+            tell("many callers of others at once")
+            result["throughput_of_others"] = _others(everybody, todo, options)
     result["load_after"] = machine.load()
     plain: dict[str, Any] = _plain(result)
     return plain
@@ -79,6 +84,37 @@ def _latency(measured: latency.Measured, everybody: list[Contender]) -> dict[str
             for name in sorted(rows, key=lambda name: rows[name].median)
         }
     return found
+
+
+# Whoever does all of its work in processes that it starts and waits for: what is used elsewhere would be missed.
+_SPAWNED = ("bare subprocess", "crun", "runc", "nsjail", "command line")
+_LOADED = ("bare subprocess", "bubblewrap", "docker run")
+
+
+def _spawned(everybody: list[Contender], todo: tuple[Job, ...], failures: dict[str, Any]) -> dict[str, Any]:
+    """By job and contender, the processor time of a whole run."""
+    return {
+        job.name: {
+            contender.name: load.spawned_cpu_ms(functools.partial(contender.do, job), 10)
+            for contender in everybody
+            if contender.name in _SPAWNED
+            and job.name in contender.jobs
+            and f"{contender.name}, {job.name}" not in failures
+        }
+        for job in todo
+    }
+
+
+def _others(everybody: list[Contender], todo: tuple[Job, ...], options: Options) -> dict[str, Any]:
+    """How often a second those of _LOADED start `python3 -c pass`, beside which our functions stand."""
+    python = next(job for job in todo if job.name == "python")
+    return {
+        contender.name: [
+            load.throughput(functools.partial(contender.do, python), callers, options.seconds) for callers in (1, 8, 32)
+        ]
+        for contender in everybody
+        if contender.name in _LOADED
+    }
 
 
 def _ours(boxes: ours.Boxes, todo: tuple[Job, ...], options: Options, tell: Callable[[str], None]) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def _show(result: dict[str, Any]) -> None:
     for name, texts in result["failures"].items():
         typer.echo(f"failed: {name}: {texts[-1]}")
     typer.echo("")
-    for name, value in result["ours"].items():
+    others = {name: result[name] for name in ("spawned_cpu_ms", "throughput_of_others") if name in result}
+    for name, value in {**result["ours"], **others}.items():
         typer.echo(f"{name}: {_line(value)}")
 
 
