@@ -14,7 +14,7 @@ from typing import Any
 from sandbox import planner_egress, planner_gpu, planner_http, planner_launcher, planner_workspace
 from sandbox.errors import Unenforceable
 from sandbox.host import Control, HostFacts
-from sandbox.launchers.declared import DECLARED, Choice
+from sandbox.launchers.declared import DECLARED, Choice, has_landlock
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, LaunchPlan, Limit, Step
 
@@ -136,7 +136,7 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
     """
     choice, lacking, fixes = planner_launcher.choose(manifest, facts)
     declared = DECLARED[choice.launcher]
-    table = declared.controls(facts)
+    table = declared.rows(choice.runtime, facts)
     limits = tuple(_with_scope(limit, manifest, call) for limit in _limits(manifest, table, facts))
     limits += planner_gpu.limits(manifest, facts)
     lacking |= planner_launcher.gaps(choice, manifest, call)
@@ -170,8 +170,10 @@ def decide(manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroun
 _Rest = tuple[HostFacts, Surroundings, tuple[Limit, ...]]
 
 
-def _jail_steps(_choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest) -> tuple[Step, ...]:
+def _jail_steps(choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest) -> tuple[Step, ...]:
     facts, around, limits = rest
+    if not has_landlock(choice):
+        facts = replace(facts, landlock_abi=0)
     return (
         *_view_steps(manifest, call, around),
         *_call_steps(manifest, call, facts, around, limits),

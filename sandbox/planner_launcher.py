@@ -19,6 +19,7 @@ from sandbox.launchers.declared import (
     choices,
     find_runtime,
     grade,
+    has_landlock,
     is_enough,
 )
 from sandbox.manifest import Manifest
@@ -80,8 +81,10 @@ def gaps(choice: Choice, manifest: Manifest, call: CallSpec) -> dict[str, str]:
         "cow": lambda: call.workspace.mode == "cow",
         "inspection": lambda: planner_http.inspects(manifest),
         "gpu": lambda: planner_gpu.is_on(manifest),
+        "egress": lambda: manifest.network.mode != "none",
+        "write": lambda: call.workspace.mode == "rw" or any(path.startswith("/") for path in manifest.filesystem.write),
     }
-    declared = DECLARED[choice.launcher].gaps
+    declared = {**DECLARED[choice.launcher].gaps, **DECLARED[choice.launcher].runtime_gaps.get(choice.runtime, {})}
     return {name: f"{choice.launcher}: {why}" for name, why in declared.items() if name in wanted and wanted[name]()}
 
 
@@ -94,8 +97,7 @@ def refuse_engine(choice: Choice, engine: str) -> dict[str, str]:
 
 def isolation(choice: Choice, facts: HostFacts) -> dict[str, Any]:
     """What the record says about the wall."""
-    has_landlock = DECLARED[choice.launcher].has_landlock
-    landlock = facts.landlock_abi if has_landlock else 0
+    landlock = facts.landlock_abi if has_landlock(choice) else 0
     return {
         "launcher": choice.launcher,
         **({"runtime": choice.runtime} if choice.runtime else {}),
@@ -103,7 +105,7 @@ def isolation(choice: Choice, facts: HostFacts) -> dict[str, Any]:
         "landlock_abi": landlock,
         "linux_caps": "none",
         "no_new_privs": True,
-        "missing": [] if landlock or not has_landlock else ["landlock"],
+        "missing": [] if landlock or not has_landlock(choice) else ["landlock"],
     }
 
 

@@ -21,13 +21,10 @@ from sandbox._jail import builder, runtimes, steps, view
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 CGROUPS = "/sys/fs/cgroup"
 _BUNDLE_BYTES = 4 << 20
 FIRST_INNER_FD = 3
+ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 _NAMESPACES = (
     ("user", syscalls.CLONE_NEWUSER),
     ("net", syscalls.CLONE_NEWNET),
@@ -43,7 +40,7 @@ _OUTSIDE["terminals"] = steps.at_once(steps.mount_terminals)
 _ENTER = {name: steps.at_once(steps.STEPS[name]) for name in ("affinity", "rlimits")}
 
 
-def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
+def run(message: dict[str, object], fds: list[int], zygote_pid: int, kind: type[Attendant]) -> None:
     """As the builder of a jail: build the view, have the container made, wait until it is gone. Does not return."""
     process.die_with_parent()
     if os.getppid() != zygote_pid:
@@ -59,7 +56,7 @@ def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
         os._exit(1)
     if pid == 0:
         os.close(alive_write)
-        _Attendant(launch, message, alive_read).run()
+        kind(launch, message, alive_read).run()
     names = sorted(launch.out_fds)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         born = {"ev": "born", "pid": pid, "fds": ["pidfd", *names], "notes": launch.notes}
@@ -89,17 +86,14 @@ def _build(launch: Launch) -> None:
     os.chmod(launch.mnt, 0o711)  # noqa: S103 - to pass through
 
 
-class _Attendant:
-    """Pid 1 of the runtime's pid namespace: from the bundle to the container's end."""
+class Attendant:
+    """Pid 1 of the runtime's pid namespace: from the bundle to the container's end. `attend` is the kind's own."""
 
     def __init__(self, launch: Launch, message: dict[str, object], alive_fd: int) -> None:
         self.launch = launch
-        self.runtime = runtimes.runtime(message)
-        self.cgroup_v2 = str(message["cgroup_v2"])
-        names = message["inner_fds"]
-        assert isinstance(names, list)
-        # What the container's first process finds open, by name.
-        self.inner_fds: list[str] = names
+        self.message = message
+        self.program = str(message["program"])
+        self.bundle = f"{launch.mnt}/bundle"
         self.alive_fd = alive_fd
 
     def run(self) -> None:
@@ -107,11 +101,15 @@ class _Attendant:
         try:
             process.die_with_parent()
             self._check_alive()
-            status = self._attend()
+            status = self.attend()
         except Exception as error:  # noqa: BLE001 - it is reported, and ends the call
             report_failure(self.launch, error)
             status = 1
         os._exit(status)
+
+    def attend(self) -> int:
+        """Have the container made and see it through to its end; our own exit status."""
+        raise NotImplementedError
 
     def _check_alive(self) -> None:
         """The builder may have died before the death signal was asked for; its end of the pipe is closed then."""
@@ -120,14 +118,44 @@ class _Attendant:
             os.read(self.alive_fd, 1)
             os._exit(1)
 
-    def _attend(self) -> int:
-        launch, runtime = self.launch, self.runtime
-        launch.step = "bundle"
+    def prepare(self) -> None:
+        """A /proc of this pid namespace, and a place for bundle and state that ends with this mount namespace."""
+        self.launch.step = "bundle"
         mounts.mount("proc", "/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
         self._show_own_cgroup_only()
-        os.mkdir(runtime.bundle, 0o711)
+        os.mkdir(self.bundle, 0o711)
         flags = mounts.MS_NOSUID | mounts.MS_NODEV
-        mounts.mount("tmpfs", runtime.bundle, "tmpfs", flags, f"size={_BUNDLE_BYTES},mode=711")
+        mounts.mount("tmpfs", self.bundle, "tmpfs", flags, f"size={_BUNDLE_BYTES},mode=711")
+
+    def _show_own_cgroup_only(self) -> None:
+        """Runtimes find no control groups but the call's own: what they make or write is below it."""
+        if not os.path.isdir(CGROUPS):
+            return
+        group = str(self.message["cgroup_v2"])
+        if group:
+            mounts.mount(group, CGROUPS, "none", mounts.MS_BIND)
+        else:
+            mounts.mount("tmpfs", CGROUPS, "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "size=4k,nr_inodes=2,mode=555")
+
+    def procs_fds(self) -> list[int]:
+        """The `cgroup.procs` files of the call's groups."""
+        return [fd for name, fd in self.launch.fds.items() if name.startswith("procs")]
+
+
+class SharedKernel(Attendant):
+    """For runtimes whose containers share this kernel: the container's first process is ours (`inner`)."""
+
+    def __init__(self, launch: Launch, message: dict[str, object], alive_fd: int) -> None:
+        super().__init__(launch, message, alive_fd)
+        self.runtime = runtimes.runtime(message)
+        names = message["inner_fds"]
+        assert isinstance(names, list)
+        # What the container's first process finds open, by name.
+        self.inner_fds: list[str] = names
+
+    def attend(self) -> int:
+        launch, runtime = self.launch, self.runtime
+        self.prepare()
         runtime.write_bundle(wire.read_memfd(launch.fds["config"]))
         release_read, release_write = os.pipe2(os.O_CLOEXEC)
         launch.fds["release"] = release_read
@@ -153,19 +181,6 @@ class _Attendant:
             report_failure(launch, OSError(failure))
         return 0
 
-    def _show_own_cgroup_only(self) -> None:
-        """Runtimes find no control groups but the call's own: what they make or write is below it."""
-        if not os.path.isdir(CGROUPS):
-            return
-        group = self.cgroup_v2
-        if group:
-            mounts.mount(group, CGROUPS, "none", mounts.MS_BIND)
-        else:
-            mounts.mount("tmpfs", CGROUPS, "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "size=4k,nr_inodes=2,mode=555")
-
-    def _procs_fds(self) -> list[int]:
-        return [fd for name, fd in self.launch.fds.items() if name.startswith("procs")]
-
     def _cgroup_namespace(self) -> int:
         """A cgroup namespace whose root is the call's group: it is that of the process which unshares (no other way).
 
@@ -175,7 +190,7 @@ class _Attendant:
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
         pid, pidfd = syscalls.clone(0)
         if pid == 0:
-            for fd in self._procs_fds():
+            for fd in self.procs_fds():
                 os.write(fd, b"0")
             syscalls.unshare(syscalls.CLONE_NEWCGROUP)
             os.write(ready_write, b"+")
@@ -204,7 +219,7 @@ class _Attendant:
 
     def _join_cgroup(self, pid: int) -> None:
         self.launch.step = "join_cgroup"
-        for fd in self._procs_fds():
+        for fd in self.procs_fds():
             os.write(fd, b"%d" % pid)
         self.launch.applied.append("join_cgroup")
         for name in [name for name in self.launch.fds if name.startswith("procs")]:

@@ -132,7 +132,7 @@ def _spawn(launch: Launch) -> int:
     options: dict[str, Any] = {"file_actions": actions, "setsid": True, "setsigmask": [], "setsigdef": _OURS}
     refused: OSError | None = None
     try:
-        for path in _candidates(argv[0], env):
+        for path in candidates(argv[0], env):
             try:
                 return os.posix_spawn(path, argv, env, **options)
             except (FileNotFoundError, NotADirectoryError) as error:
@@ -147,7 +147,8 @@ def _spawn(launch: Launch) -> int:
     raise refused
 
 
-def _candidates(program: str, env: dict[str, str]) -> list[str]:
+def candidates(program: str, env: dict[str, str]) -> list[str]:
+    """The paths at which a program is looked for, as execvp(3)."""
     if "/" in program:
         return [program]
     return [f"{directory}/{program}" for directory in env.get("PATH", "/usr/bin:/bin").split(":") if directory]

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-from sandbox._jail import builder, container
+from sandbox._jail import builder, container, userspace
 from sandbox._linux import process, wire
 
 
@@ -68,8 +68,10 @@ def _launch(control: socket.socket, message: dict[str, object], fds: list[int], 
         for fd in own_fds:
             os.close(fd)
         control.close()
-        make = container.run if "runtime" in message else builder.run
-        make(message, fds, zygote_pid)
+        if "runtime" in message:
+            kind = userspace.Attendant if message["runtime"] == "runsc" else container.SharedKernel
+            container.run(message, fds, zygote_pid, kind)
+        builder.run(message, fds, zygote_pid)
         os._exit(0)
     for fd in fds:
         os.close(fd)

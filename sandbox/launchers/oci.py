@@ -6,14 +6,30 @@ import json
 
 from sandbox.host import programs
 from sandbox.launchers.attended import Flavour, Kind
-from sandbox.launchers.oci_spec import Place, runtime_spec
+from sandbox.launchers.oci_spec import Place, runtime_spec, userspace_spec
+from sandbox.seccomp import policy as policies
 
 
 def _config(kind: Kind, place: Place) -> bytes:
     return json.dumps(runtime_spec(kind.plan, place, kind.seccomp), separators=(",", ":")).encode()
 
 
+def _userspace_config(kind: Kind, place: Place) -> bytes:
+    policy = policies.resolve(kind.plan.seccomp)
+    refused = [name for name, then in policy["calls"].items() if then == "EPERM"]
+    return json.dumps(userspace_spec(kind.plan, place, kind.seccomp, refused), separators=(",", ":")).encode()
+
+
 FLAVOURS = {
     "crun": Flavour("crun", lambda: programs.find("crun"), _config, "apt-get install crun"),
+    "runsc": Flavour(
+        "runsc",
+        lambda: programs.find("runsc"),
+        _userspace_config,
+        "install gVisor: https://gvisor.dev/docs/user_guide/install/",
+        outside=(),
+        inside=(),
+        has_root=True,
+    ),
     "runc": Flavour("runc", lambda: programs.find("runc"), _config, "apt-get install runc", has_root=True),
 }

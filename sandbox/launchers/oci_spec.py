@@ -7,6 +7,7 @@ Source: OCI runtime-spec 1.0.2, config.md and config-linux.md.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ SPEC_VERSION = "1.0.2"
 INSIDE_ID = 1000
 # The cgroup namespace is not among them: the runtime is started in one whose root is the call's group.
 NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts")
+# Where a function's request and result lie for a runtime that hands no descriptors through.
+EXCHANGE = "/run/sandbox/exchange"
 _CAP_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 KERNEL_MOUNTS = (
     ("/proc", "proc", ("nosuid", "nodev", "noexec", "hidepid=2")),
@@ -59,6 +62,61 @@ def runtime_spec(plan: LaunchPlan, place: Place, seccomp: Mapping[str, Any]) -> 
             "seccomp": seccomp,
         },
     }
+
+
+def userspace_spec(
+    plan: LaunchPlan, place: Place, seccomp: Mapping[str, Any], refused: Sequence[str]
+) -> dict[str, Any]:
+    """`config.json` for a runtime with a kernel of its own, without the call, which comes later.
+
+    `refused`: system calls that are answered with EPERM.
+
+    It makes its own /dev and /proc, and serves the view's files through a process outside. What is writable is named
+    one by one, since all that belongs to the root is served read-only; and every private place is named, since it
+    puts memory of its own, without a size, where it finds an empty one.
+    """
+    spec = runtime_spec(plan, place, seccomp)
+    writable = sorted({*_written(plan), EXCHANGE}, key=lambda path: path.count("/"))
+    proc = next(mount for mount in spec["mounts"] if mount["destination"] == "/proc")
+    exchange = f"{place.root.rpartition('/')[0]}/scratch/exchange"
+    sources = {EXCHANGE: exchange}
+    spec["mounts"] = [
+        {**proc, "options": ["nosuid", "nodev", "noexec"]},
+        *(
+            {"destination": path, "type": "bind", "source": sources.get(path, place.root + path), "options": ["rbind"]}
+            for path in writable
+        ),
+    ]
+    spec["root"]["readonly"] = False  # it is already
+    linux = spec["linux"]
+    linux["seccomp"] = _by_name(refused, seccomp["architectures"])
+    linux["namespaces"] = [item for item in linux["namespaces"] if item["type"] != "network"]
+    del linux["maskedPaths"], linux["readonlyPaths"], linux["resources"], linux["cgroupsPath"]
+    return spec
+
+
+def _by_name(refused: Sequence[str], architectures: Sequence[str]) -> dict[str, Any]:
+    """What the policy refuses, as a list of names, inside a kernel that answers all others by itself.
+
+    Our whole filter has more instructions than gVisor takes (4096), and its conditions tell apart what reaches this
+    kernel's own, which no call of the tool's does. gVisor of 2022 answers EPERM whatever error a profile names, so a
+    list of what is allowed would break the programs that look for ENOSYS before they fall back.
+    """
+    rule = {"names": sorted(refused), "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
+    return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": list(architectures), "syscalls": [rule]}
+
+
+def _written(plan: LaunchPlan) -> set[str]:
+    """Paths inside that the call may write: its private places, granted ones and the workspace."""
+    found: set[str] = set()
+    for step in plan.steps:
+        if step.name == "scratch":
+            found.update(step.args["directories"])
+        elif step.name in ("grants", "inner_grants"):
+            found.update(grant["jail_path"] for grant in step.args["paths"] if grant["access"] == "write")
+        elif step.name == "workspace" and step.args["mode"] in ("rw", "cow"):
+            found.add(step.args["jail_path"])
+    return found
 
 
 def _process(steps: Mapping[str, Mapping[str, Any]], place: Place) -> dict[str, Any]:

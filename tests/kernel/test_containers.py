@@ -229,6 +229,56 @@ def test_a_container_whose_makers_are_killed_ends_and_the_next_call_gets_another
     assert box.run(["true"]).ok
 
 
+# -- a kernel of its own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gvisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    settings: dict[str, Any] = {"launcher": "oci", "runtime": "runsc", "best_effort": ["pids"], "pids": 512}
+    with Sandbox("shell", state=tmp_path_factory.mktemp("state"), **settings) as made:
+        yield made
+
+
+@pytest.mark.needs("runsc", "root")
+def test_a_tool_in_gvisor_has_another_kernel_and_the_same_ways_in_and_out(gvisor: Sandbox) -> None:
+    script = "id -u; uname -r; cat; echo e >&2; echo y > out; echo x > /usr/x; exit 3"
+    outcome = gvisor.run(["sh", "-c", script], input=b"given\n", collect=["out"])
+    assert outcome.exit_code == 3, (outcome.ending, outcome.stderr)
+    uid, release, given = outcome.stdout.decode().split()
+    assert (uid, given) == ("1000", "given")
+    assert release != os.uname().release
+    assert outcome.stderr.startswith(b"e\n")
+    assert b"Permission denied" in outcome.stderr
+    assert outcome.files == {"out": b"y\n"}
+    assert outcome.record.isolation["grade"] == "userspace-kernel"
+    assert not outcome.record.isolation["missing"]
+
+
+@pytest.mark.needs("runsc", "root")
+def test_functions_refusals_and_signals_in_gvisor_end_as_elsewhere(gvisor: Sandbox) -> None:
+    def double(a: int) -> dict[str, int]:
+        return {"value": a * 2}
+
+    assert gvisor.call(double, 4).value == {"value": 8}
+    missing = gvisor.run(["no-such-program"])
+    assert (missing.ending.exit_code, missing.ending.error_type) == (127, "OSError")
+    killed = gvisor.run(["sh", "-c", "kill -9 $$"])
+    assert (killed.ending.kind, killed.ending.signal) == ("tool_error", 9)
+    refusal = "import ctypes; c = ctypes.CDLL(None, use_errno=True); c.ptrace(16, 1, 0, 0); print(ctypes.get_errno())"
+    assert gvisor.run(["python3", "-S", "-c", refusal]).stdout == b"1\n"
+
+
+@pytest.mark.needs("runsc", "root", "cgroup")
+def test_limits_hold_gvisor_and_its_tool_together(gvisor: Sandbox) -> None:
+    hungry = ["python3", "-S", "-c", "x = bytearray(300 << 20); print(len(x))"]
+    over = gvisor.run(hungry, memory="200MiB")
+    assert over.ending.kind == "limit:memory", over.ending
+    assert gvisor.run(hungry, memory="800MiB").ok
+    started = time.monotonic()
+    assert gvisor.run(["sleep", "60"], wall_time="2s").ending.kind == "limit:wall_time"
+    assert time.monotonic() - started < 20
+
+
 # -- faults of a runtime: stand-ins for its program, in place of the real one ----------------------------------------
 
 RUNTIMES_SAY = {
@@ -257,7 +307,7 @@ def test_a_runtime_that_fails_fails_the_step_that_it_was_at(short_path: Path, wa
 async def _failure(wall: str, program: str, state: Path) -> dict[str, Any]:
     flavour = replace(nsjail.NSJAIL if wall == "nsjail" else oci.FLAVOURS["crun"], find=lambda: program)
     uids = identity.host_uids()
-    launcher = Attending("oci", {"crun": flavour, "": flavour}, Setting(state, None, "test", uids))
+    launcher = Attending("oci", {"crun": flavour, "": flavour, "runsc": flavour}, Setting(state, None, "test", uids))
     try:
         try:
             jail = launcher.make(launcher.kind(_plan(wall)))

@@ -114,6 +114,21 @@ def test_neither_arguments_nor_environment_of_the_call_are_in_the_bundle() -> No
     assert "true" not in spec_of()["process"]["args"]
 
 
+def test_gvisor_gets_every_writable_place_by_name_and_no_device_of_the_hosts() -> None:
+    plan = plan_of(filesystem={"write": [":workspace"]})
+    kind = attended.Kind(plan, oci.FLAVOURS["runsc"], b"")
+    spec = json.loads(oci.FLAVOURS["runsc"].config(kind, PLACE))
+    places = {mount["destination"]: mount["source"] for mount in spec["mounts"] if mount["type"] == "bind"}
+    assert {"/tmp", "/var/tmp", "/home/user", "/dev/shm", "/workspace", oci_spec.EXCHANGE} == set(places)
+    assert places["/tmp"] == f"{PLACE.root}/tmp"
+    assert "/dev" not in {mount["destination"] for mount in spec["mounts"]}
+    assert "network" not in {item["type"] for item in spec["linux"]["namespaces"]}
+    assert spec["process"]["capabilities"]["effective"] == []
+    refused = spec["linux"]["seccomp"]["syscalls"][0]
+    assert {"bpf", "keyctl", "ptrace"} <= set(refused["names"])
+    assert refused["action"] == "SCMP_ACT_ERRNO"
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda flavour: flavour.name)
 def test_every_step_of_the_plan_is_somebodys_and_the_walls_keep_their_order(flavour: attended.Flavour) -> None:
     plan = plan_of(network={"mode": "allowlist", "allow": ["example.org:443"]})

@@ -193,3 +193,38 @@ def test_landlock_stands_behind_an_oci_container_too() -> None:
     plan = planned({"launcher": "oci", "required": ["landlock"]}, runtimes=("crun",))
     assert plan.isolation["landlock_abi"] == FULL.landlock_abi
     assert any(step.name == "landlock" for step in plan.steps)
+
+
+GVISOR = {"launcher": "oci", "runtime": "runsc"}
+
+
+@pytest.mark.parametrize(
+    ("call", "more", "gap"),
+    [
+        (replace(CALL, tty=True), {}, "terminal"),
+        (replace(CALL, workspace=Workspace("rw", "/srv", "/srv")), {}, "write"),
+        (CALL, {"filesystem": {"write": ["/srv"]}}, "write"),
+        (CALL, {"network": {"mode": "allowlist", "allow": ["example.org:443"]}}, "egress"),
+    ],
+)
+def test_what_gvisor_cannot_do_is_refused_and_only_with_gvisor(call: CallSpec, more: dict[str, Any], gap: str) -> None:
+    isolation = {**GVISOR, "best_effort": ["pids"]}
+    assert list(refused(isolation, call, ("runsc",), **more).controls) == [gap]
+    assert planned({"launcher": "oci"}, call, ("crun",), **more).launcher == "oci"
+
+
+def test_tasks_in_gvisor_are_counted_in_part_and_landlock_is_not_there() -> None:
+    error = refused(GVISOR, runtimes=("runsc",))
+    assert list(error.controls) == ["pids"]
+    plan = planned({**GVISOR, "best_effort": ["pids"]}, runtimes=("runsc",))
+    assert (plan.isolation["grade"], plan.isolation["landlock_abi"]) == ("userspace-kernel", 0)
+    assert all(step.name != "landlock" for step in plan.steps)
+    assert (
+        "landlock"
+        in refused({**GVISOR, "best_effort": ["pids"], "required": ["landlock"]}, runtimes=("runsc",)).controls
+    )
+
+
+def test_a_userspace_kernel_is_found_without_an_image() -> None:
+    plan = planned({"minimum": "userspace-kernel", "best_effort": ["pids"]}, runtimes=("runsc", "crun"))
+    assert (plan.launcher, plan.isolation["runtime"]) == ("oci", "runsc")
