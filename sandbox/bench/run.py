@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox.bench import contenders, latency, load, machine, ours, plot
+from sandbox.bench import contenders, latency, load, machine, ours, plot, walls
 from sandbox.bench.contenders import Contender
 from sandbox.bench.jobs import Job, jobs
 from sandbox.bench.stats import ratios
@@ -52,6 +52,9 @@ def run(options: Options, tell: Callable[[str], None]) -> dict[str, Any]:
         result["missing"] = {}
         if options.with_peers:
             found, result["missing"] = contenders.peers(options.image, options.sandlock_python)
+            behind, missing = walls.contenders(Path(place), options.image)
+            found += behind
+            result["missing"] |= missing
             everybody += found
             for contender in found:
                 stack.callback(contender.close)
