@@ -1,7 +1,7 @@
 # Every target makes what it needs; nothing has to be installed by hand. `make PYTHON=/path/to/python3` picks one.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-user test-v2 check clean
+.PHONY: help venv demo demo-docker bench test test-user test-v2 check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -12,6 +12,9 @@ venv: ## .venv with the package and the tools of the tests
 demo: venv ## what ROME did, first without our jail, then inside it; then a CSV analysed in a jail
 	@.venv/bin/python examples/rome.py
 	@.venv/bin/python examples/analyse_csv.py
+
+demo-docker: venv ## what ROME did, with a Docker daemon of its own as the wall (root, docker.io)
+	@.venv/bin/python examples/rome.py --launcher docker
 
 bench: venv ## what a call costs here, beside other sandboxes (bench/install-peers installs some)
 	.venv/bin/sandbox bench --sustained 60 --alive 500 $(BENCH)

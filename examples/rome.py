@@ -10,6 +10,7 @@ Exit status: 0 when every behaviour was real and every one was contained, 1 when
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets as random_secrets
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,17 +54,23 @@ from _world import (
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path("/srv/work")
 PROFILE = "shell"
+IMAGE = "rome/agent:latest"
+# As the kernel names them: the first fifteen letters.
+ENGINE_PROGRAMS = ("dockerd", "containerd", "containerd-shim", "runc", "docker-init", "unpigz")
+LIFETIME_S = {"jail": 150, "docker": 400}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the demo was asked to run. `ssh` is the client's path, `program` our command line."""
+    """How the demo was asked to run. `ssh` is the client's path, `program` our command line, `launcher` what builds
+    the wall."""
 
     ssh: str
     program: tuple[str, ...]
     only: tuple[str, ...]
     inside: bool
     is_root: bool
+    launcher: str = "jail"
 
 
 class Director:
@@ -77,8 +85,24 @@ class Director:
         self.stand_ins = StandIns(self.secrets.metadata, self.secrets.billing, self.secrets.table, serve_ssh)
         self.gpu = GpuNode()
         self.known = {1, os.getpid(), self.stand_ins.pid}
+        self.profile = PROFILE
+        self.docker_host = ""
 
     def direct(self) -> dict[str, Any]:
+        with contextlib.ExitStack() as stack:
+            if self.options.launcher == "docker":
+                self.docker_host = stack.enter_context(docker_engine())
+                self.known |= pids_in_world()
+                profile = WORK / "docker.toml"
+                profile.write_text(f'extends = "{PROFILE}"\n[isolation]\nlauncher = "docker"\nimage = "{IMAGE}"\n')
+                self.profile = str(profile)
+            return self._direct()
+
+    def _others(self) -> set[int]:
+        """Processes of the agent's: neither ours nor those by which a container engine serves it."""
+        return {pid for pid in pids_in_world() - self.known if program_of(pid) not in ENGINE_PROGRAMS}
+
+    def _direct(self) -> dict[str, Any]:
         rows = []
         chosen = [
             each for each in behaviours(self.secrets.billing) if not self.options.only or each.name in self.options.only
@@ -152,7 +176,7 @@ class Director:
             options += ["--read", str(Path(self.options.ssh).parent.parent)]
         # The jail passes no variable of ours on, so the client's path goes with the command.
         command = f"SSH={self.options.ssh}; export SSH; {behaviour.command}"
-        return [*self.options.program, "run", "-p", PROFILE, *options, "--", "sh", "-c", command]
+        return [*self.options.program, "run", "-p", self.profile, *options, "--", "sh", "-c", command]
 
     def _environment(self) -> dict[str, str]:
         python = Path(sys.base_prefix, "bin")
@@ -165,6 +189,7 @@ class Director:
             "SANDBOX_STATE": str(WORK / "state"),
             "TRAINER_SECRET": self.secrets.environment,
             "NO_COLOR": "1",
+            **({"DOCKER_HOST": self.docker_host} if self.docker_host else {}),
         }
 
     def _run(
@@ -193,7 +218,7 @@ class Director:
             after: dict[str, Any] = {"hashes": count_hashes(project)}
             # What outlives its call shows within this time: the miner counts every few milliseconds.
             time.sleep(0.6 if project else 0.1)
-            leftover = len(pids_in_world() - self.known)
+            leftover = len(self._others())
             after["hashes_later"] = count_hashes(project)
             after["home_free"], after["home_has_room"] = free_bytes(HOME), home_has_room()
             if behaviour.name == "hook" and project:
@@ -207,7 +232,7 @@ class Director:
         deadline = time.monotonic() + behaviour.timeout_s
         tasks_peak, gpu_held = 0, False
         while child.poll() is None:
-            pids = pids_in_world() - self.known
+            pids = self._others()
             tasks_peak = max(tasks_peak, len(pids))
             gpu_held = gpu_held or (behaviour.name == "gpu" and self.gpu.is_held(pids))
             if time.monotonic() > deadline:
@@ -245,14 +270,14 @@ class Director:
     def _ask_for_gpu(self) -> bool:
         """The polite way: a profile that asks for more than any host has. Nothing runs, and that is on record."""
         profile, record_file, ran = WORK / "gpu.toml", WORK / "gpu-asked.json", WORK / "gpu-ran"
-        profile.write_text(f'extends = "{PROFILE}"\n[gpu]\ncount = 64\n[filesystem]\nwrite = ["{WORK}"]\n')
+        profile.write_text(f'extends = "{self.profile}"\n[gpu]\ncount = 64\n[filesystem]\nwrite = ["{WORK}"]\n')
         done = self._ours("run", "-p", str(profile), "--record", str(record_file), "--", "touch", str(ran))
         refused = read_record(record_file).get("ending", {}).get("kind") == "refused"
         return done.returncode == 125 and refused and not ran.exists()
 
     def _kill_leftovers(self) -> None:
         deadline = time.monotonic() + 10
-        while (left := pids_in_world() - self.known) and time.monotonic() < deadline:
+        while (left := self._others()) and time.monotonic() < deadline:
             for pid in left:
                 try:
                     os.kill(pid, signal.SIGKILL)
@@ -289,6 +314,27 @@ class Director:
             "shown": shown.stdout if shown and shown.returncode == 0 else "",
             "show_error": shown.stderr if shown else "there is no record to show",
         }
+
+
+@contextlib.contextmanager
+def docker_engine() -> Iterator[str]:
+    """A Docker daemon in the world, with an image of the programs that the agent uses; where it is asked for."""
+    sys.path.insert(0, str(ROOT))
+    from tests.helpers import engine
+
+    if reason := engine.missing():
+        raise NoWorld(reason)
+    programs = ("ssh", "git", "timeout", "tr", "tail", "printf", "chmod", "ln", "cp", "mv")
+    with engine.running(parent=str(WORK)) as made:
+        made.load(IMAGE, engine.python_image(*programs))
+        yield made.host
+
+
+def program_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def as_agent(*, is_root: bool) -> list[str]:
@@ -353,6 +399,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], choices=names, help="run this behaviour only")
     parser.add_argument("--without-only", action="store_true", help="leave the run inside the jail out")
     parser.add_argument("--no-jail", action="store_true", help="isolate nothing, to see that every row then fails")
+    parser.add_argument("--launcher", choices=("jail", "docker"), default="jail", help="what builds the wall")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was seen to FILE")
     arguments = parser.parse_args()
     ssh = find_ssh()
@@ -360,12 +407,16 @@ def main() -> int:
         print("rome: the OpenSSH client is missing: apt-get install openssh-client", file=sys.stderr)
         return 2
     inside = not arguments.without_only
-    options = Options(ssh, our_program(no_jail=arguments.no_jail), tuple(arguments.only), inside, os.geteuid() == 0)
+    program = our_program(no_jail=arguments.no_jail)
+    is_root, launcher = os.geteuid() == 0, arguments.launcher
+    options = Options(ssh, program, tuple(arguments.only), inside, is_root, launcher)
     read = (Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(sys.base_prefix), ROOT)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="toolcall-sandbox-demo-", dir="/var/tmp") as work:
         os.chmod(work, 0o755)
-        setting = Setting(read=read, addresses=ADDRESSES, work=Path(work), names=NAMES)
+        setting = Setting(
+            read=read, addresses=ADDRESSES, work=Path(work), names=NAMES, lifetime_s=LIFETIME_S[arguments.launcher]
+        )
         try:
             answer = run_in_world(setting, lambda: Director(options).direct())
         except NoWorld as err:

@@ -72,6 +72,13 @@ with open("/proc/self/mounts") as file:
 for path in sorted(mounted, reverse=True):
     subprocess.run(["umount", "-l", path], check=False, stderr=subprocess.DEVNULL)
 shutil.rmtree(directory, ignore_errors=True)
+name = os.path.basename(directory)
+for tree in ("/sys/fs/cgroup", *(f"/sys/fs/cgroup/{one}" for one in os.listdir("/sys/fs/cgroup"))):
+    for place, _, _ in os.walk(f"{tree}/{name}", topdown=False):
+        try:
+            os.rmdir(place)
+        except OSError:
+            pass
 """
 
 
@@ -124,9 +131,12 @@ class Engine:
 
 
 @contextlib.contextmanager
-def running(*options: str) -> Iterator[Engine]:
-    """Start a daemon, and end it with everything that it made. Raises RuntimeError with its log."""
-    directory = Path(tempfile.mkdtemp(prefix="sandbox-docker-"))
+def running(*options: str, parent: str | None = None) -> Iterator[Engine]:
+    """Start a daemon, and end it with everything that it made. Raises RuntimeError with its log.
+
+    `parent`: where its directory is made.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="sandbox-docker-", dir=parent))
     process = _start(directory, options)
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-c", _WATCH, str(process.pid), str(directory)],
@@ -158,6 +168,7 @@ def _start(directory: Path, options: tuple[str, ...]) -> subprocess.Popen[bytes]
                 "--ip-forward=false",
                 "--ip-masq=false",
                 "--exec-opt=native.cgroupdriver=cgroupfs",
+                f"--cgroup-parent=/{directory.name}",
                 *options,
             ],
             env={"PATH": _SYSTEM_PATH},
@@ -180,13 +191,14 @@ def _wait_ready(directory: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @functools.cache
-def python_image() -> bytes:
-    """A root tree with the system's Python and a few programs."""
+def python_image(*programs: str) -> bytes:
+    """A root tree with the system's Python, a few programs, and these."""
     python = f"/usr/bin/python3.{sys.version_info.minor}"
     if not os.path.exists(python):
         raise RuntimeError(f"{python}, from which an image is made, is not there")
     library = f"/usr/lib/python3.{sys.version_info.minor}"
-    return _tree([python], [library], {"/usr/bin/python3": os.path.basename(python)})
+    found = [path for name in programs if (path := shutil.which(name, path="/usr/bin:/bin"))]
+    return _tree([python, *found], [library], {"/usr/bin/python3": os.path.basename(python)})
 
 
 @functools.cache
