@@ -50,13 +50,13 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
-@sandboxed
+@sandboxed(wall_time=f"{30 * TIME_FACTOR}s")
 async def add_later(a: int, b: int) -> int:
     await asyncio.sleep(0.01)
     return a + b
 
 
-@sandboxed("python", wall_time=f"{0.5 * TIME_FACTOR}s")
+@sandboxed("python", wall_time=f"{2 * TIME_FACTOR}s")
 def sleep(seconds: float) -> None:
     import time
 

@@ -21,6 +21,7 @@ import pytest
 
 from sandbox import Outcome, Sandbox
 from tests.helpers import leftovers
+from tests.helpers.escape import TIME_FACTOR
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -488,7 +489,7 @@ def test_a_module_whose_import_ends_or_never_ends_costs_only_the_functions_that_
     time.sleep(0.5)
     kinds += [box.call(use, False).ending.kind for _ in range(6)]
     done = warm(lambda: box.call(other))
-    with Sandbox('python', wall_time="2s", state=box.state) as short:
+    with Sandbox('python', wall_time="{2 * TIME_FACTOR}s", state=box.state) as short:
         last = short.call(use, True)
     print(json.dumps([sorted(set(kinds)), done.value, last.ending.kind, last.ending.exit_code]))
     """
