@@ -40,6 +40,7 @@ from sandbox.supervisor.pool import is_poolable
 from sandbox.supervisor.work import Work
 
 if TYPE_CHECKING:
+    from sandbox.launchers.contract import Container
     from sandbox.supervisor.gpu_call import CallGpu
     from sandbox.supervisor.pool import Pool
 
@@ -48,6 +49,9 @@ STOP_TIMEOUT_S = 20.0
 CALL_FDS = 16
 OWN_FDS = 512
 RUNNING_MAX = 1024
+# Jails in the making, for each core. More of them at once take longer for every one, and a template's channel holds a
+# few dozen requests: what finds it full would take the template for dead.
+MAKING_PER_CORE = 4
 COMMONS_MAX = 256
 
 
@@ -67,6 +71,7 @@ class Supervisor:
         self._commons: dict[tuple[Any, ...], audit_record.Common] = {}
         # First come, first served: what exceeds it waits, with its record opened, and its wall time not begun.
         self._slots = asyncio.Semaphore(running_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        self._making = asyncio.Semaphore(MAKING_PER_CORE * (os.cpu_count() or 1))
         self._closing = asyncio.Event()
         self._tree: cgroup.Tree | None = None
         self._launchers: Launchers
@@ -235,7 +240,7 @@ class Supervisor:
             plan = gpu.plan if gpu is not None else plan
             plan, kind = await self._egress.with_authority(plan, ask["plan_id"])
             pool = await self._launchers.pool(plan.launcher)
-            jail = pool.take(plan, kind)
+            jail = await self._take(pool, plan, kind)
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
@@ -264,6 +269,20 @@ class Supervisor:
                 if call.is_dying:
                     await call.jail.wait_dead()
                 call.jail.close()
+
+    async def _take(self, pool: Pool, plan: LaunchPlan, kind: str) -> Container:
+        """A container for a call, when it is its turn: in the order in which they were asked for."""
+        await self._making.acquire()
+        try:
+            jail = pool.take(plan, kind)
+        except BaseException:
+            self._making.release()
+            raise
+        if jail.ready.is_set():
+            self._making.release()
+        else:
+            jail.when_settled(self._making.release)
+        return jail
 
     async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
         loop = asyncio.get_running_loop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -234,6 +235,24 @@ def test_calls_given_up_at_once_waste_no_standby_and_reach_no_tool_twice(box: Sa
     with ThreadPoolExecutor(8) as pool:
         done = list(pool.map(lambda _: box.run(["sh", "-c", "ls -A /tmp; touch /tmp/one"]), range(40)))
     assert [one.text for one in done] == [""] * len(done)
+
+
+def test_a_crowd_of_calls_is_served_by_the_template_in_the_order_of_asking(own: Sandbox) -> None:
+    count = 200
+    ended: list[int] = []
+
+    async def submit(number: int) -> bool:
+        done = await own.acall(one)
+        ended.append(number)
+        return done.ok and is_warm(done)
+
+    async def crowd() -> list[bool]:
+        return await asyncio.gather(*map(submit, range(count)))
+
+    until_warm(lambda: own.call(one))
+    assert all(asyncio.run(crowd())), "none overruns the template, or has to be built without it"
+    # Those that are being made at one time may pass each other.
+    assert max(abs(place - number) for place, number in enumerate(ended)) <= 16 * (os.cpu_count() or 1)
 
 
 # -- templates that die, fail, or have nothing to do -----------------------------------------------------------------
