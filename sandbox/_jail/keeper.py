@@ -105,6 +105,10 @@ def _complete(entry: Entry) -> None:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         process.die_with_parent()
+        # The host's mounts may be shared, and copies of them as well: what is mounted on such a copy inside would
+        # appear on the host, in everybody's sight (mount_namespaces(7)). Copies made here are nobody's peers.
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        mounts.make_private()
         entry.run_steps("view", OUTSIDE)
         entry.applied.clear()
         entry.step = "enter"

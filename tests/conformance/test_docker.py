@@ -149,6 +149,29 @@ def test_a_container_that_somebody_removes_is_lost_by_the_host(
     assert found in (("lost", "host", 125), ("tool_error", "tool", 137))
 
 
+def test_what_is_mounted_inside_does_not_reach_the_host(docker: Callable[..., Sandbox], short_path: Path) -> None:
+    """Where systemd runs, every mount of the host's is shared: a cover inside would cover the host's own file."""
+    path = str(short_path)
+    (short_path / ".env").write_text("secret")
+    (short_path / "plain").write_text("plain")
+    subprocess.run(["mount", "--bind", path, path], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", path], check=True)
+        before = _mounts_below(path)
+        box = docker(filesystem={"read": [path], "deny": ["**/.env"]})
+        done = box.run(["sh", "-c", f"cat {path}/plain; cat {path}/.env"])
+        assert (done.text, done.exit_code) == ("plain", 1)
+        assert b"Permission denied" in done.stderr
+        assert _mounts_below(path) == before
+        assert (short_path / ".env").read_text() == "secret"
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def _mounts_below(path: str) -> list[str]:
+    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if path in line]
+
+
 def test_containers_made_beforehand_serve_one_call_each(docker: Callable[..., Sandbox]) -> None:
     box = docker()
     ids = [box.run(["true"]).record.isolation.container_id for _ in range(4)]
