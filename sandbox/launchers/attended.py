@@ -42,7 +42,7 @@ class Flavour:
     `config(kind, place)` makes the bytes of its configuration. `enter`: steps done in the process that becomes the
     runtime; `outside`: those that the attendant does, in the container's namespaces; `inside`: those that the
     container's first process does itself. `fds`: what that process finds open from descriptor 3 on. `has_root`: it
-    wants a uid 0 in the container, beside the tool's.
+    wants a uid 0 in the container, beside the tool's. `own_tasks`: how many of its own run in the call's group.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Flavour:
     inside: tuple[str, ...] = ("landlock", "close_fds")
     fds: tuple[str, ...] = ("status", "plan", "release")
     has_root: bool = False
+    own_tasks: int = 0
 
 
 class Kind:

@@ -6,6 +6,7 @@ import json
 
 from sandbox.host import programs
 from sandbox.launchers.attended import Flavour, Kind
+from sandbox.launchers.oci_declared import RUNSC_TASKS
 from sandbox.launchers.oci_spec import Place, runtime_spec, userspace_spec
 from sandbox.seccomp import policy as policies
 
@@ -30,6 +31,7 @@ FLAVOURS = {
         outside=(),
         inside=(),
         has_root=True,
+        own_tasks=RUNSC_TASKS,
     ),
     "runc": Flavour("runc", lambda: programs.find("runc"), _config, "apt-get install runc", has_root=True),
 }

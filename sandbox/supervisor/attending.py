@@ -53,7 +53,10 @@ class Attending:
         name = f"{kind.made.flavour.name}-{next(self._serial)}"
         group = None
         if setting.tree is not None:
-            group = setting.tree.create(name, kind.limited.limits, kind.limited.devices)
+            limits = dict(kind.limited.limits)
+            if "pids" in limits:
+                limits["pids"] += kind.made.flavour.own_tasks
+            group = setting.tree.create(name, limits, kind.limited.devices)
         elif kind.limited.limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
         jail = Jail(name, group, host_uid)

@@ -234,7 +234,7 @@ def test_a_container_whose_makers_are_killed_ends_and_the_next_call_gets_another
 
 @pytest.fixture(scope="module")
 def gvisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    settings: dict[str, Any] = {"launcher": "oci", "runtime": "runsc", "best_effort": ["pids"], "pids": 512}
+    settings: dict[str, Any] = {"launcher": "oci", "runtime": "runsc", "best_effort": ["pids"]}
     with Sandbox("shell", state=tmp_path_factory.mktemp("state"), **settings) as made:
         yield made
 
