@@ -101,6 +101,10 @@ class DockerLauncher:
                 self._engines[address] = engine
             return self._engines[address]
 
+    def labels(self, what: str) -> dict[str, str]:
+        """By which the next start tells what a dead supervisor left."""
+        return {config.LABEL: what, config.OWNER: self.setting.owner, config.WHERE: self.where}
+
     def _reap(self, engine: Engine) -> None:
         """Remove containers whose supervisor is gone; those of another pid namespace are not ours to judge."""
         for found in engine.labelled(f"{config.WHERE}={self.where}"):
@@ -112,7 +116,7 @@ class DockerLauncher:
         """In a thread: the image's program for Python functions. Raises LaunchError when its version is another."""
         minor = sys.version_info.minor
         if image_id not in self._minors:
-            self._minors[image_id] = _ask_python(engine, image_id, container)
+            self._minors[image_id] = _ask_python(engine, image_id, container, self.labels("probe"))
         found, program = self._minors[image_id]
         if found == minor:
             return program
@@ -138,7 +142,9 @@ _ASK_PYTHON: Final = (
 )
 
 
-def _ask_python(engine: Engine, image_id: str, container: Mapping[str, Any]) -> tuple[int, str]:
+def _ask_python(
+    engine: Engine, image_id: str, container: Mapping[str, Any], labels: Mapping[str, str]
+) -> tuple[int, str]:
     """(minor version or -1, program), by running the image once: its exit status tells."""
     minor = sys.version_info.minor
     body = {
@@ -146,9 +152,9 @@ def _ask_python(engine: Engine, image_id: str, container: Mapping[str, Any]) -> 
         "Entrypoint": ["/bin/sh", "-c", _ASK_PYTHON.format(minor=minor)],
         "Cmd": [],
         "User": "65534:65534",
-        "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"],
+        "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", *config.NO_DEVICES],
         "NetworkDisabled": True,
-        "Labels": {config.LABEL: "probe"},
+        "Labels": dict(labels),
         "HostConfig": {
             "NetworkMode": "none",
             "CapDrop": ["ALL"],
@@ -279,7 +285,7 @@ class DockerContainer:
             str(self._gate.path),
             self._uid,
             self._seccomp,
-            {config.LABEL: "call", config.OWNER: launcher.setting.owner, config.WHERE: launcher.where},
+            launcher.labels("call"),
             cgroup_parent=parent,
             volumes=tuple((image.get("Config") or {}).get("Volumes") or ()),
         )
@@ -468,6 +474,11 @@ class DockerContainer:
     def _on_death(self) -> None:
         self._loop.remove_reader(self.fds["pidfd"])
         self.group.stats()
+        if self.is_killed and self.ready.is_set():
+            # We did it, so there is nothing to ask: the end of a call must not wait for a daemon that hangs.
+            self._tell_exit(signal.SIGKILL)
+            self._end()
+            return
         self._task(self._ended())
 
     async def _ended(self) -> None:
@@ -482,19 +493,22 @@ class DockerContainer:
             self.group.is_out_of_memory = ended.out_of_memory
             if not self.ready.is_set():
                 self._fail("container", LaunchError(f"it ended with {ended.exit_code} before its call; {_NO_SHELL}"))
-            stats = self.group.stats()
-            self._tell(
-                {
-                    "ev": "exit",
-                    "wait_status": ended.exit_code << 8,
-                    "user_s": stats.get("cpu_user_s", 0.0),
-                    "system_s": stats.get("cpu_system_s", 0.0),
-                    "maxrss_bytes": stats.get("memory_peak_bytes", 0),
-                }
-            )
+            self._tell_exit(ended.exit_code << 8)
         if not self.ready.is_set():
             self._fail("container", LaunchError("it ended before its call"))
         self._end()
+
+    def _tell_exit(self, wait_status: int) -> None:
+        stats = self.group.stats()
+        self._tell(
+            {
+                "ev": "exit",
+                "wait_status": wait_status,
+                "user_s": stats.get("cpu_user_s", 0.0),
+                "system_s": stats.get("cpu_system_s", 0.0),
+                "maxrss_bytes": stats.get("memory_peak_bytes", 0),
+            }
+        )
 
     def _end(self) -> None:
         self._settle()

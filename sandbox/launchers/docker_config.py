@@ -16,6 +16,9 @@ from sandbox.plan import LaunchPlan
 LABEL: Final = "toolcall-sandbox"
 OWNER: Final = f"{LABEL}.owner"
 WHERE: Final = f"{LABEL}.where"
+# Images for CUDA name all GPUs here, and a daemon whose usual runtime is NVIDIA's gives them what they name. The tool's
+# own environment is made anew at the gate.
+NO_DEVICES: Final = ("NVIDIA_VISIBLE_DEVICES=void",)
 # Docker needs a moment's memory of its own to start anything (its documentation says 6 MiB at least).
 MEMORY_MIN_BYTES: Final = 6 << 20
 # Of /sys, a container shows the machine's hardware. What remains says how many processors there are and the
@@ -48,7 +51,7 @@ def create_body(wanted: Wanted) -> dict[str, Any]:
         "User": f"{wanted.uid}:{wanted.uid}",
         "Hostname": step(plan, "hostname")["name"],
         "WorkingDir": "/",
-        "Env": [],
+        "Env": list(NO_DEVICES),
         "Labels": dict(wanted.labels),
         "NetworkDisabled": True,
         "Healthcheck": {"Test": ["NONE"]},

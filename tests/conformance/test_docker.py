@@ -88,6 +88,8 @@ def test_the_engine_is_told_to_take_everything_away(docker: Callable[..., Sandbo
     )
     assert int(config["User"].split(":")[0]) > 65536
     assert config["Labels"]["toolcall-sandbox"] == "call"
+    assert "NVIDIA_VISIBLE_DEVICES=void" in config["Env"]
+    assert not host["Devices"]
     sources = [mount["Source"] for mount in found["Mounts"]]
     assert not any("docker.sock" in source for source in sources)
     assert not any(mount["RW"] for mount in found["Mounts"])
@@ -274,6 +276,32 @@ def test_a_daemon_that_stops_under_a_call_loses_it_and_is_missed_by_the_next(
         assert (after.ending.kind, after.ending.fault) == ("launch_error", "host")
         assert "does not answer" in after.ending.message
         assert "start it" in after.ending.message
+
+
+def test_a_daemon_without_room_is_the_hosts_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short_path: Path
+) -> None:
+    if reason := engines.missing():
+        pytest.skip(f"needs a Docker daemon: {reason}")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(short_path)], check=True)
+    try:
+        with engines.running(parent=str(short_path)) as own:
+            own.load(engines.NO_PYTHON, engines.plain_image())
+            monkeypatch.setenv("DOCKER_HOST", own.host)
+            manifest = {"isolation": {"launcher": "docker", "image": engines.NO_PYTHON}}
+            with Sandbox(manifest, state=tmp_path) as box:
+                filler = own.directory / "filler"
+                with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                    while True:
+                        file.write(bytes(1 << 16))
+                done = box.run(["true"])
+                assert (done.ending.kind, done.ending.fault) == ("launch_error", "host")
+                assert "no space left on device" in done.ending.message.lower()
+                assert "make room" in done.ending.message
+                filler.unlink()
+                assert box.run(["true"]).ok
+    finally:
+        subprocess.run(["umount", "-l", str(short_path)], check=True)
 
 
 def test_a_remote_daemon_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
