@@ -62,6 +62,12 @@ def _lack(choice: Choice, manifest: Manifest, facts: HostFacts) -> tuple[str, st
         return f"{_spoken(choice)}, which needs isolation.image", "name an image: isolation.image = 'python:3.11-slim'"
     if not declared.needs_image and manifest.isolation.image:
         return f"{choice.launcher} takes no image", ""
+    return lack_here(choice, facts)
+
+
+def lack_here(choice: Choice, facts: HostFacts) -> tuple[str, str]:
+    """(what this host lacks for it, what would help), whatever a manifest asks for."""
+    declared = DECLARED[choice.launcher]
     if choice.runtime and not find_runtime(choice.runtime, facts):
         return f"{_spoken(choice)}, which is not installed", GETTING[choice.runtime]
     if declared.program and declared.program not in facts.runtimes:

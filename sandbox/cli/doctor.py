@@ -111,7 +111,24 @@ def _summary(facts: HostFacts) -> list[tuple[str, str]]:
         ("landlock", f"ABI {facts.landlock_abi}" if facts.landlock_abi else "none"),
         ("egress gateway", _gateway(facts)),
         ("gpu", _gpu(facts)),
+        ("launchers", _launchers(facts)),
     ]
+
+
+def _launchers(facts: HostFacts) -> str:
+    """Which launchers can be had, and what each of the others lacks."""
+    from sandbox.launchers.declared import DECLARED, choices
+    from sandbox.planner_launcher import lack_here
+
+    here, lacking = [], []
+    for choice in choices("auto", ""):
+        why, fix = lack_here(choice, facts)
+        name = " ".join(filter(None, (choice.launcher, choice.runtime)))
+        if why:
+            lacking.append(f"not here: {why.partition(': ')[2] or why}{f'   fix: {fix}' if fix else ''}")
+        else:
+            here.append(f"{name} (with an image and a daemon)" if DECLARED[choice.launcher].needs_image else name)
+    return "\n                ".join([", ".join(here) or "none", *dict.fromkeys(lacking)])
 
 
 def _overlay(facts: HostFacts) -> str:

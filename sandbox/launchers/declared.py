@@ -84,6 +84,7 @@ DECLARED: Final[dict[str, Declaration]] = {
         runtimes=("runc", "crun", "runsc", "kata"),
         needs_image=True,
         gaps=docker_declared.GAPS,
+        obstacle=docker_declared.obstacle,
         controls=docker_declared.controls,
     ),
 }

@@ -36,10 +36,14 @@ _ROWS: Final = {
 }
 
 
-def controls(facts: HostFacts) -> dict[str, Control]:
-    """The rows on this host. Entering a container to give it its private places and its gateway takes root."""
+def controls(_facts: HostFacts) -> dict[str, Control]:
+    """The same everywhere: what a daemon turns out not to have, it is refused for when it is asked."""
+    return dict(_ROWS)
+
+
+def obstacle(_runtime: str, facts: HostFacts) -> tuple[str, str]:
+    """Why it will not do on this host, as far as can be told without a daemon, and what would help."""
     if facts.is_root_like:
-        return dict(_ROWS)
+        return "", ""
     reason = "private places and the gateway's sockets are put into a container from outside, which takes root"
-    none = Control("none", "", "none", reason, "run as root")
-    return {name: none if name in ("filesystem", "disk", "inodes") else row for name, row in _ROWS.items()}
+    return reason, "run as root, or use the launcher jail, oci or nsjail"

@@ -98,6 +98,13 @@ def test_only_an_engine_on_this_host_will_do(engine: str, *, is_refused: bool) -
         assert decide(Manifest(isolation=IMAGE), CALL, FULL, around).steps[0].args["engine"] == engine
 
 
+def test_docker_takes_root_and_says_what_to_use_without() -> None:
+    with pytest.raises(Unenforceable) as caught:
+        decide(Manifest(isolation=IMAGE), CALL, replace(FULL, uid=1000, is_root_like=False), Surroundings())
+    assert "takes root" in caught.value.controls["launcher"]
+    assert "use the launcher jail" in caught.value.hint
+
+
 def test_an_unknown_launcher_is_refused_by_name() -> None:
     assert refused({"launcher": "firejail"}).controls["launcher"] == "no launcher is called 'firejail'"
 
