@@ -57,7 +57,7 @@ PROFILE = "shell"
 IMAGE = "rome/agent:latest"
 # As the kernel names them: the first fifteen letters.
 ENGINE_PROGRAMS = ("dockerd", "containerd", "containerd-shim", "runc", "docker-init", "unpigz")
-LIFETIME_S = {"jail": 150, "docker": 400}
+LIFETIME_S = {"jail": 150, "docker": 400, "oci": 200, "nsjail": 200}
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,16 @@ class Director:
             if self.options.launcher == "docker":
                 self.docker_host = stack.enter_context(docker_engine())
                 self.known |= pids_in_world()
-                profile = WORK / "docker.toml"
-                profile.write_text(f'extends = "{PROFILE}"\n[isolation]\nlauncher = "docker"\nimage = "{IMAGE}"\n')
-                self.profile = str(profile)
+            if self.options.launcher != "jail":
+                self.profile = str(self._profile())
             return self._direct()
+
+    def _profile(self) -> Path:
+        """The demo's profile, with the launcher that was asked for."""
+        image = f'image = "{IMAGE}"\n' if self.options.launcher == "docker" else ""
+        profile = WORK / "launcher.toml"
+        profile.write_text(f'extends = "{PROFILE}"\n[isolation]\nlauncher = "{self.options.launcher}"\n{image}')
+        return profile
 
     def _others(self) -> set[int]:
         """Processes of the agent's: neither ours nor those by which a container engine serves it."""
@@ -399,7 +405,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], choices=names, help="run this behaviour only")
     parser.add_argument("--without-only", action="store_true", help="leave the run inside the jail out")
     parser.add_argument("--no-jail", action="store_true", help="isolate nothing, to see that every row then fails")
-    parser.add_argument("--launcher", choices=("jail", "docker"), default="jail", help="what builds the wall")
+    parser.add_argument("--launcher", choices=tuple(LIFETIME_S), default="jail", help="what builds the wall")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was seen to FILE")
     arguments = parser.parse_args()
     ssh = find_ssh()

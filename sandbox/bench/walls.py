@@ -1,6 +1,6 @@
 """This project's other launchers as contenders: the same call, and another wall.
 
-Each makes its container for the call, but for docker's, which are made beforehand once calls come in.
+By itself a container is made for the call; "parked": beforehand, once calls come in, as docker's always are.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from sandbox.runtime import Sandbox
 
 PROFILE: Final = "python"
 _WALLS: Final[dict[str, dict[str, Any]]] = {
-    "ours in crun": {"launcher": "oci", "runtime": "crun"},
-    "ours in runc": {"launcher": "oci", "runtime": "runc"},
-    "ours in nsjail": {"launcher": "nsjail"},
+    "ours in crun": {"launcher": "oci", "runtime": "crun", "warm": False},
+    "ours in crun, parked": {"launcher": "oci", "runtime": "crun"},
+    "ours in runc": {"launcher": "oci", "runtime": "runc", "warm": False},
+    "ours in runsc": {"launcher": "oci", "runtime": "runsc", "warm": False, "best_effort": ["pids"]},
+    "ours in nsjail": {"launcher": "nsjail", "warm": False},
+    "ours in nsjail, parked": {"launcher": "nsjail"},
 }
 
 

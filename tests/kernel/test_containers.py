@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sandbox import Sandbox, ToolFailed
+from sandbox import CallLost, Sandbox, ToolFailed
 from sandbox.launchers import nsjail, oci
 from sandbox.launchers.contract import Setting
 from sandbox.manifest import Manifest
@@ -227,6 +227,21 @@ def test_a_container_whose_makers_are_killed_ends_and_the_next_call_gets_another
     assert outcome.ending.kind == "lost"
     assert not _running(mark)
     assert box.run(["true"]).ok
+
+
+def test_a_killed_supervisor_takes_its_containers_with_it(name: str, tmp_path: Path) -> None:
+    mark = f"{time.time_ns()}"
+    best_effort = ["memory", "cpus", "pids", "cpu_time"] if os.geteuid() else []
+    with Sandbox("shell", state=tmp_path, best_effort=best_effort, **WALLS[name]) as box:
+        with box.stream(["sleep", f"4{mark}"]) as stream:
+            _wait_running(mark)
+            assert box._link is not None
+            os.kill(box._link.supervisor_pid, signal.SIGKILL)
+            with pytest.raises(CallLost):
+                _ = stream.outcome
+        assert wait_until(lambda: not _running(mark))
+        # The next one closes what is open and finds nothing in its way.
+        assert box.run(["true"]).ok
 
 
 # -- a kernel of its own ----------------------------------------------------------------------------------------------
