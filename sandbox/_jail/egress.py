@@ -10,6 +10,7 @@ port is refused by the kernel itself, and nobody sees the attempt.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from sandbox._jail.launch import Launch
 
 BACKLOG = 1024
+# Well above the usual 64 KiB, as nothing but memory is crossed: a third less processor time for a gigabyte.
+SEGMENT_BYTES = 400_000
 _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
@@ -33,6 +36,9 @@ def egress(launch: Launch, args: dict[str, Any]) -> None:
     """Route everything to `lo`, open the listeners, hand them out. `lo` is up already."""
     families = [socket.AF_INET]
     with netlink.open_socket(netlink.NETLINK_ROUTE) as sock:
+        with contextlib.suppress(OSError):
+            # Before Linux 5.19 there is no such size, and all goes in smaller pieces.
+            netlink.request(sock, netlink.set_largest_segment(SEGMENT_BYTES), 1, "link")
         _route(sock, args["source_v4"])
         try:
             _route(sock, args["source_v6"])

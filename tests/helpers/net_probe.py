@@ -44,7 +44,12 @@ def read_all(sock, limit=1 << 40):
     return {"text": b"".join(chunks)[:4096].decode("latin-1"), "bytes": total, "sha256": digest.hexdigest()}
 
 
-def tcp(host, port, send="", half_close=False, read=True, timeout=10, chunks=None, pause=0.0, once=False, size=0):
+def tcp(
+    host, port, send="", half_close=False, read=True, timeout=10, chunks=None, pause=0.0, once=False, size=0, family=0
+):
+    if family:
+        kind = socket.AF_INET6 if family == 6 else socket.AF_INET
+        host = socket.getaddrinfo(host, port, kind)[0][4][0]
     sock = socket.create_connection((host, port), timeout=timeout)
     with sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -61,9 +61,20 @@ def to(what: str, host: str = "www.example.test", **more: object) -> dict[str, o
     return do("tcp", host=host, port=PORTS[what], **more)
 
 
+BYTES_20 = f"GET /bytes/{20 * MIB} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+LARGE = {"size": 20 * MIB, "half_close": True}
 ALL = ["www.example.test:1-65535"]
 FREE = {"upload_max": "unlimited", "download_max": "unlimited", "wall_time": "120s"}
 SCENES = {
+    "v6": Scene(["v6.example.test:*"], [
+        do("tcp", host="v6.example.test", port=80, send=BYTES_20, half_close=True),
+        to("after", "v6.example.test", **LARGE),
+    ], FREE),
+    "v6 inside": Scene(["www.example.test:*"], [
+        do("tcp", host="www.example.test", port=80, send=BYTES_20, half_close=True, family=6),
+        to("after", family=6, **LARGE),
+        do("tcp", host="www.example.test", port=80, send=BYTES_20, half_close=True, family=4),
+    ], FREE),
     "upload": Scene(ALL, [to("after", size=20 * MIB, half_close=True)], FREE),
     "many": Scene(ALL, [do("flood", host="www.example.test", port=80, count=1000, send="GET / HTTP/1.1\r\n\r\n")]),
     "at once": Scene(ALL, [do("flood", host="www.example.test", port=7, count=200, hold=True, send="x")]),
@@ -136,6 +147,15 @@ def test_a_gigabyte_arrives_whole() -> None:
     assert scene.result["sha256"] == pattern_digest(GIB, scene.result["text"][:head].encode("latin-1"))
     assert scene.one(proto="http")["bytes_in"] == GIB + head
     print(f"{GIB / MIB / scene.result['seconds']:.0f} MiB/s through the gateway")
+
+
+@pytest.mark.parametrize("name", ["v6", "v6 inside"])
+def test_large_pieces_pass_by_either_family(seen: dict[str, Seen], name: str) -> None:
+    down, up, *more = seen[name].results
+    for result in (down, *more):
+        head = len(result["text"].partition("\r\n\r\n")[0]) + 4
+        assert result["sha256"] == pattern_digest(20 * MIB, result["text"][:head].encode("latin-1"))
+    assert up["text"] == f"{20 * MIB} {hashlib.sha256(b'x' * 20 * MIB).hexdigest()}"
 
 
 def test_a_large_upload_arrives_whole_and_is_answered_after_its_end(seen: dict[str, Seen]) -> None:
