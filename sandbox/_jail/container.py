@@ -219,6 +219,7 @@ class SharedKernel(Attendant):
 
     def _join_cgroup(self, pid: int) -> None:
         self.launch.step = "join_cgroup"
+        self.runtime.take_group_back(CGROUPS)
         for fd in self.procs_fds():
             os.write(fd, b"%d" % pid)
         self.launch.applied.append("join_cgroup")

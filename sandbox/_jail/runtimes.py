@@ -40,6 +40,9 @@ class Runtime:
     def start(self) -> None:
         """Let the container's first program run. Raises OSError with what the runtime said."""
 
+    def take_group_back(self, cgroups: str) -> None:
+        """Undo what the runtime did to the call's own group, before the container is put there."""
+
     def leave_no_group(self, cgroups: str) -> None:
         """Remove a group that the runtime made below the call's own, now that nothing is in it."""
 
@@ -92,6 +95,17 @@ class OciRuntime(Runtime):
 
     def start(self) -> None:
         self._run(["start", CONTAINER])
+
+    def take_group_back(self, cgroups: str) -> None:
+        """runc enables every controller there for its own group below; then no process may join (EBUSY, cgroups(7))."""
+        if self.name != "runc":
+            return
+        fd = os.open(f"{cgroups}/cgroup.subtree_control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if enabled := os.read(fd, 4096).split():
+                os.write(fd, b" ".join(b"-" + name for name in enabled))
+        finally:
+            os.close(fd)
 
     def leave_no_group(self, cgroups: str) -> None:
         if self.name == "runc":

@@ -381,7 +381,7 @@ def _ancestor(pid: int, count: int) -> int:
 def _traces(name: str) -> list[str]:
     """Where a runtime would leave something: its own directories, ours, mounts and cgroups below the calls'."""
     places = [f"/run/{name}", f"/run/user/{os.geteuid()}/{name}", "/run/user", "/tmp", "/dev/shm", "/sys/kernel"]
-    found = [f"{place}/{entry}" for place in places if os.path.isdir(place) for entry in os.listdir(place)]
+    found = [f"{place}/{entry}" for place in places if os.access(place, os.R_OK) for entry in os.listdir(place)]
     found = [path for path in found if name in path or "container" in path or "bundle" in path]
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     groups = [f"{root}/{entry}" for root, names, _ in os.walk("/sys/fs/cgroup") for entry in names if entry == "call"]
