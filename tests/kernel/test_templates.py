@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,46 @@ def test_memory_and_pids_hold_for_warm_calls(state_root: Path) -> None:
         # Without warm start the jail's pid 1 is one more task beside the tool.
         assert is_warm(done)
         assert 19 <= done.unwrap() <= 20
+
+
+# -- the reply is the end --------------------------------------------------------------------------------------------
+
+
+def test_what_a_function_used_is_on_record_although_its_outcome_does_not_wait_for_its_death(python: Sandbox) -> None:
+    def work(rounds: int) -> int:
+        data = bytearray(24 << 20)
+        data[::4096] = b"x" * len(data[::4096])
+        print("said")
+        return sum(range(rounds))
+
+    until_warm(lambda: python.call(work, 1))
+    done = python.call(work, 2_000_000)
+    assert (done.unwrap(), done.stdout, done.exit_code) == (sum(range(2_000_000)), b"said\n", 0)
+    usage = done.record.usage
+    assert usage.cpu_user_s > 0
+    assert usage.memory_peak_bytes > 24 << 20
+    failed = python.call(work, "no number")
+    assert (failed.ending.kind, failed.exit_code) == ("tool_error", 1)
+
+
+def test_a_function_that_leaves_others_behind_is_over_when_they_are(python: Sandbox) -> None:
+    def leave(count: int) -> int:
+        for _ in range(count):
+            if os.fork() == 0:
+                os.close(3)  # the reply's descriptor, which would keep it open
+                time.sleep(60)
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        return os.getpid()
+
+    until_warm(lambda: python.call(leave, 0))
+    started = time.monotonic()
+    done = python.call(leave, 3)
+    assert (done.unwrap(), done.exit_code) == (1, 0)
+    assert time.monotonic() - started < 30
+    if getattr(done.record.isolation, "cgroup", None) is not None:
+        assert done.record.usage.pids_peak >= 5
+        name = done.record.isolation.cgroup
+        assert eventually(lambda: not list(Path("/sys/fs/cgroup").glob(f"**/{name}")))
 
 
 # -- standbys --------------------------------------------------------------------------------------------------------
