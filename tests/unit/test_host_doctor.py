@@ -71,3 +71,12 @@ def test_the_summary_names_a_block_on_user_namespaces(monkeypatch: pytest.Monkey
     assert result.exit_code == 1
     assert "user.max_user_namespaces is 0" in result.output
     assert "fix: sudo sysctl" in result.output
+
+
+def test_the_summary_says_what_an_allowlist_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = run(monkeypatch, replace(FULL, tproxy=host.Feature(True)))
+    assert "egress gateway  sees every port" in with_it.output
+    without = run(monkeypatch, replace(FULL, tproxy=host.Feature(False, "no nf_tables with tproxy")))
+    assert "at most 12 ports" in without.output
+    assert "no nf_tables with tproxy   fix: sudo modprobe nft_tproxy" in without.output
+    assert without.exit_code == with_it.exit_code == 0, "calls are held on any kernel"
