@@ -144,6 +144,9 @@ def _open_grants(launch: Launch, args: dict[str, Any]) -> None:
 
 def _open_workspace(launch: Launch, args: dict[str, Any]) -> None:
     assert isinstance(launch, Entry)
+    if args["mode"] == "cow":
+        launch.trees[args["jail_path"]] = view.open_lower(launch, args), True
+        return
     attributes = view.WRITABLE if args["mode"] == "rw" else view.READ_ONLY
     launch.trees[args["jail_path"]] = view.open_grant(launch, args["host_path"], attributes, args)
 
@@ -160,7 +163,13 @@ def _attach(launch: Launch, jail_path: str) -> None:
 
 
 def _attach_workspace(launch: Launch, args: dict[str, Any]) -> None:
-    _attach(launch, args["jail_path"])
+    assert isinstance(launch, Entry)
+    if args["mode"] == "cow":
+        view.attach_overlay(launch, launch.trees[args["jail_path"]][0], args["jail_path"])
+        # The overlay holds on to it; under this name it would be in sight.
+        mounts.unmount_detached(f"{launch.mnt}/lower")
+    else:
+        _attach(launch, args["jail_path"])
     fd = inside.make_place(launch, args["jail_path"], directory=True)
     try:
         view.protect(launch, fd, args)

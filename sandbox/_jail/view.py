@@ -283,8 +283,16 @@ def _idmap_namespace(outside: int, inside: int) -> int:
 
 def _overlay(launch: Launch, args: dict[str, Any]) -> None:
     """A writable layer on the scratch tmpfs over the host's directory, which is never written."""
+    attach_overlay(launch, open_lower(launch, args), args["jail_path"])
+
+
+def attach_overlay(launch: Launch, tree: int, jail_path: str) -> None:
+    """Mount the layer over a detached tree of the host's directory, and let go of that."""
     lower = f"{launch.mnt}/lower"
-    _attach_lower(launch, args, lower)
+    try:
+        mounts.attach(tree, lower)
+    finally:
+        os.close(tree)
     info = os.stat(lower)
     for name in ("upper", "work"):
         _owned_directory(launch, f"{launch.mnt}/scratch/{name}", stat.S_IMODE(info.st_mode) | 0o700)
@@ -292,7 +300,7 @@ def _overlay(launch: Launch, args: dict[str, Any]) -> None:
     options = "lowerdir=lower,upperdir=scratch/upper,workdir=scratch/work,metacopy=off,index=off"
     # userxattr refuses redirect_dir=off (EINVAL, Linux 6.18) and means nofollow by itself: directories are copied too.
     options += ",userxattr" if launch.host_uid is None else ",redirect_dir=off"
-    place = inside.make_place(launch, args["jail_path"], directory=True)
+    place = inside.make_place(launch, jail_path, directory=True)
     here = os.getcwd()
     os.chdir(launch.mnt)
     try:
@@ -305,7 +313,8 @@ def _overlay(launch: Launch, args: dict[str, Any]) -> None:
     launch.out_fds["upper"] = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _attach_lower(launch: Launch, args: dict[str, Any], lower: str) -> None:
+def open_lower(launch: Launch, args: dict[str, Any]) -> int:
+    """A detached, read-only tree of the host's directory."""
     fd = mounts.open_path(args["host_path"])
     try:
         info = os.fstat(fd)
@@ -318,9 +327,10 @@ def _attach_lower(launch: Launch, args: dict[str, Any], lower: str) -> None:
         if launch.host_uid is not None:
             _map_owner(launch, tree, args["host_path"], must=True)
         mounts.set_attributes(tree, READ_ONLY)
-        mounts.attach(tree, lower)
-    finally:
+    except BaseException:
         os.close(tree)
+        raise
+    return tree
 
 
 def protect(launch: Launch, workspace_fd: int, args: dict[str, Any]) -> None:

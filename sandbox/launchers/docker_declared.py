@@ -12,7 +12,6 @@ _NO_GPU = "not done yet: use the native launcher, or an image run by your own me
 
 GAPS: Final = {
     "terminal": "a terminal inside is the native launcher's alone",
-    "cow": "a writable layer over a host directory is the native launcher's alone; use 'rw', 'ro' or a private one",
     "inspection": "inspected TLS needs an authority in the image's own trust store, which is the image's affair",
     "gpu": _NO_GPU,
 }

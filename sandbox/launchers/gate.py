@@ -20,7 +20,7 @@ PIPES = ("go", "status", "stdin", "stdout", "stderr", "request", "result")
 NOTHING = "nothing"
 EMPTY = "empty"
 # Python's own, and what covers denied paths (`sandbox._jail.cover`).
-_DIRECTORIES = {EMPTY: 0o755, "scratch": 0o755, "denied-directory": 0o000, "etc": 0o755}
+_DIRECTORIES = {EMPTY: 0o755, "scratch": 0o755, "lower": 0o755, "denied-directory": 0o000, "etc": 0o755}
 _FILES = {NOTHING: 0o644, "denied-file": 0o000}
 COMMAND = ("/bin/sh", f"{AT}/gate")
 

@@ -23,7 +23,7 @@ NEEDS = {"crun": ("crun",), "runc": ("runc", "root"), "nsjail": ("nsjail",)}
 PARAMS = [pytest.param(name, marks=[pytest.mark.needs(*NEEDS[name])] if name in NEEDS else []) for name in WALLS]
 # What a launcher declares that it cannot do has to be refused, and nothing else may be. A limit on disk traffic by
 # cgroup version 1, or without cgroups, is the host's affair.
-REFUSALS = {"docker": {"io", "changes_can_be_discarded"}}
+REFUSALS = {"docker": {"io"}}
 
 
 @pytest.fixture(scope="module", params=PARAMS)

@@ -113,7 +113,6 @@ def test_an_unknown_launcher_is_refused_by_name() -> None:
     ("call", "more", "gap"),
     [
         (replace(CALL, tty=True), {}, "terminal"),
-        (replace(CALL, workspace=Workspace("cow", "/srv", "/srv")), {}, "cow"),
         (CALL, {"resources": {"io_bytes_per_s": 1 << 20}}, "io"),
     ],
 )
