@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from sandbox.testing import page
 from sandbox.testing.stage import Finding, Report
@@ -24,17 +25,18 @@ def main() -> int:
         "launchers", nargs="*", default=["jail"], help="jail, nsjail, docker, oci:crun, docker:runsc ..."
     )
     parser.add_argument("--image", default="", help="for launchers whose root is an image's")
+    parser.add_argument("--best-effort", action="append", default=[], help="a control that may be less than full")
     parser.add_argument("--write", type=Path, help="a page to put the table into")
     args = parser.parse_args()
-    reports = [_report(name, args.image) for name in args.launchers]
+    reports = [_report(name, args.image, args.best_effort) for name in args.launchers]
     if args.write is not None:
         page.write(args.write, f"{page.table(reports)}\n\n{page.caption(_versions(args.launchers))}")
     return 0 if all(report.ok for report in reports) else 1
 
 
-def _report(name: str, image: str) -> Report:
+def _report(name: str, image: str, best_effort: list[str]) -> Report:
     launcher, _, runtime = name.partition(":")
-    isolation = {"runtime": runtime} if runtime else {}
+    isolation: dict[str, Any] = {"best_effort": best_effort, **({"runtime": runtime} if runtime else {})}
     if launcher == "docker":
         isolation["image"] = image
     print(f"{name}:")
@@ -49,7 +51,7 @@ def _tell(finding: Finding) -> None:
 
 def _versions(launchers: list[str]) -> list[str]:
     """What the programs behind these launchers say of themselves."""
-    programs = {"oci:crun": "crun", "oci:runc": "runc", "docker": "dockerd"}
+    programs = {"oci:crun": "crun", "oci:runc": "runc", "oci:runsc": "runsc", "docker": "dockerd"}
     found = []
     for launcher in launchers:
         program = shutil.which(programs.get(launcher, ""), path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")

@@ -82,9 +82,12 @@ def read_only_root(stage: Stage) -> None:
 
 def no_privileges(stage: Stage) -> None:
     code = """
-status = dict(line.split(':', 1) for line in open('/proc/self/status').read().splitlines())
-answer([os.getuid(), *(int(status[name], 16) for name in ('CapEff', 'CapPrm', 'CapBnd', 'CapAmb')),
-        int(status['NoNewPrivs']), refusal(os.setuid, 0), refusal(os.chroot, '/tmp'), os.getgroups()])
+import ctypes
+status = dict(line.split(':', 1) for line in open('/proc/self/status').read().splitlines() if ':' in line)
+get_no_new_privs = 39
+answer([os.getuid(), *(int(status.get(name, '0'), 16) for name in ('CapEff', 'CapPrm', 'CapBnd', 'CapAmb')),
+        ctypes.CDLL(None).prctl(get_no_new_privs, 0, 0, 0, 0), refusal(os.setuid, 0), refusal(os.chroot, '/tmp'),
+        os.getgroups()])
 """
     uid, *rest = stage.ask(code)
     assert uid != 0, "the tool is root inside"
@@ -98,12 +101,14 @@ def never_host_root(stage: Stage) -> None:
     with stage.box() as box, box.stream(["sleep", seconds]) as stream:
         uid = _uid_of_sleeper(f"sleep\0{seconds}\0".encode())
         stream.signal(15)
-    assert uid not in (0, -1), f"the kernel knows the tool as uid {uid}"
+    if uid == -1:
+        raise NotTried("the tool to be a process of the host's kernel: under another kernel it is none")
+    assert uid != 0, "the kernel knows the tool as root"
 
 
 def _uid_of_sleeper(line: bytes) -> int:
     own = os.readlink("/proc/self/ns/pid")
-    deadline = time.monotonic() + 20 * TIME_FACTOR
+    deadline = time.monotonic() + 10 * TIME_FACTOR
     while time.monotonic() < deadline:
         for entry in Path("/proc").iterdir():
             try:

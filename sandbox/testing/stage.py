@@ -83,6 +83,7 @@ class Stage:
     def __init__(self, isolation: Mapping[str, Any], state: Path) -> None:
         self.isolation = dict(isolation)
         self.state = state
+        self.tried = ""
         # Not below /tmp: that is one of the tool's private places.
         base = "/var/lib" if os.access("/var/lib", os.W_OK) else str(Path.home())
         self.tree = Path(tempfile.mkdtemp(prefix="sandbox-check-", dir=base))
@@ -90,10 +91,13 @@ class Stage:
 
     def box(self, **sections: Any) -> Sandbox:
         """A sandbox of this launcher. Sections are added to what every check has: bounds, and a private workspace."""
+        isolation = {**self.isolation, **sections.pop("isolation", {})}
+        # What may be less than full elsewhere must be full where it is what is being tried.
+        isolation["best_effort"] = [name for name in isolation.get("best_effort", ()) if name != self.tried]
         manifest: dict[str, Any] = {
             "resources": {**_BOUNDS, "wall_time": f"{60 * TIME_FACTOR}s", **sections.pop("resources", {})},
             "filesystem": {"write": [":workspace"], **sections.pop("filesystem", {})},
-            "isolation": {**self.isolation, **sections.pop("isolation", {})},
+            "isolation": isolation,
             **sections,
         }
         return Sandbox(manifest, state=self.state)
@@ -180,7 +184,8 @@ def own_address() -> str:
 
 
 def judge(check: Check, stage: Stage) -> Finding:
-    """Run one check and say how it ended."""
+    """Run one check and say how it ended. A limit's check has the name of the control."""
+    stage.tried = check.name
     try:
         check.run(stage)
     except Unenforceable as error:

@@ -69,7 +69,8 @@ def check_launcher(
         state: where records go; a throw-away directory by default.
         only: names of checks; all by default.
         on_finding: told of each finding as it comes.
-        **isolation: more of the manifest's section, such as `image` and `runtime`.
+        **isolation: more of the manifest's section: `image`, `runtime`, and `best_effort` for what may be less than
+            full in every check but its own.
 
     Returns: the report; `.ok` when nothing is broken, `.require()` raises otherwise.
     Raises: ValueError for a name in `only` that no check has; RuntimeError under `python -O`.

@@ -19,7 +19,7 @@ from sandbox import LaunchError, Sandbox
 from tests.helpers import engine as engines
 
 GATES = Path("/run/toolcall-sandbox")
-WAIT_S = 20.0
+WAIT_S = 60.0
 SLEEPER = ["sh", "-c", "trap 'exit 143' TERM; echo on; sleep 60 & wait"]
 
 
