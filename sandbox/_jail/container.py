@@ -209,6 +209,7 @@ class SharedKernel(Attendant):
     def _enter(self, cgroup_namespace: int) -> None:
         """In the process that becomes the runtime: what the container inherits from it."""
         launch = self.launch
+        self.runtime.enter_group(CGROUPS)
         syscalls.setns(cgroup_namespace, syscalls.CLONE_NEWCGROUP)
         # First out of the way of the low numbers, so that no dup2 overwrites a source that is still needed.
         moved = [fcntl.fcntl(launch.fds[name], fcntl.F_DUPFD_CLOEXEC, 32) for name in self.inner_fds]

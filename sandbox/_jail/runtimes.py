@@ -40,6 +40,9 @@ class Runtime:
     def start(self) -> None:
         """Let the container's first program run. Raises OSError with what the runtime said."""
 
+    def enter_group(self, cgroups: str) -> None:
+        """In the process that becomes the runtime: join the call's group where the runtime cannot do without."""
+
     def take_group_back(self, cgroups: str) -> None:
         """Undo what the runtime did to the call's own group, before the container is put there."""
 
@@ -95,6 +98,16 @@ class OciRuntime(Runtime):
 
     def start(self) -> None:
         self._run(["start", CONTAINER])
+
+    def enter_group(self, cgroups: str) -> None:
+        """runc moves the container from its own group to one below the call's, and from outside of a cgroup namespace
+        nothing can be moved into it where the tree is mounted `nsdelegate` (ENOENT, cgroup_namespaces(7))."""
+        if self.name == "runc":
+            fd = os.open(f"{cgroups}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, b"0")
+            finally:
+                os.close(fd)
 
     def take_group_back(self, cgroups: str) -> None:
         """runc enables every controller there for its own group below; then no process may join (EBUSY, cgroups(7))."""
