@@ -42,7 +42,8 @@ class Flavour:
     `config(kind, place)` makes the bytes of its configuration. `enter`: steps done in the process that becomes the
     runtime; `outside`: those that the attendant does, in the container's namespaces; `inside`: those that the
     container's first process does itself. `fds`: what that process finds open from descriptor 3 on. `has_root`: it
-    wants a uid 0 in the container, beside the tool's. `own_tasks`: how many of its own run in the call's group.
+    wants a uid 0 in the container, beside the tool's. `own_tasks`: how many of its own run in the call's group;
+    `making_tasks`: how many do until the container is sealed.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Flavour:
     fds: tuple[str, ...] = ("status", "plan", "release")
     has_root: bool = False
     own_tasks: int = 0
+    making_tasks: int = 0
 
 
 class Kind:

@@ -33,5 +33,7 @@ FLAVOURS = {
         has_root=True,
         own_tasks=RUNSC_TASKS,
     ),
-    "runc": Flavour("runc", lambda: programs.find("runc"), _config, "apt-get install runc", has_root=True),
+    "runc": Flavour(
+        "runc", lambda: programs.find("runc"), _config, "apt-get install runc", has_root=True, making_tasks=64
+    ),
 }

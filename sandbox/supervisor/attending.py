@@ -53,13 +53,12 @@ class Attending:
         name = f"{kind.made.flavour.name}-{next(self._serial)}"
         group = None
         if setting.tree is not None:
-            limits = dict(kind.limited.limits)
-            if "pids" in limits:
-                limits["pids"] += kind.made.flavour.own_tasks
-            group = setting.tree.create(name, limits, kind.limited.devices)
+            group = setting.tree.create(name, _roomy(kind), kind.limited.devices)
         elif kind.limited.limits:
             raise LauncherUnavailable("the plan names cgroups that this supervisor does not have", step="join_cgroup")
         jail = Jail(name, group, host_uid)
+        if "pids" in kind.limited.limits and kind.made.flavour.making_tasks:
+            jail.when_settled(lambda: _tighten(jail, int(kind.limited.limits["pids"])))
         try:
             attended.launch(jail, self._live_zygote(), kind.made, setting.state)
         except BaseException:
@@ -78,6 +77,25 @@ class Attending:
         """End the zygote, and with it whatever it gave birth to."""
         if self._zygote is not None:
             self._zygote.close()
+
+
+def _roomy(kind: Kind) -> dict[str, float | int]:
+    """The call's limits with room for the runtime's own threads."""
+    limits, flavour = dict(kind.limited.limits), kind.made.flavour
+    if "pids" in limits:
+        limits["pids"] += flavour.own_tasks + flavour.making_tasks
+    return limits
+
+
+def _tighten(jail: Jail, pids: int) -> None:
+    """The container is made and nothing of the call runs yet: what the runtime needed is taken away."""
+    if jail.group is None:
+        return
+    try:
+        jail.group.apply({"pids": pids})
+    except OSError as error:
+        jail.failure = {"step": "join_cgroup", "errno": error.errno or 0, "message": str(error)}
+        jail.kill()
 
 
 def open_oci(setting: Setting) -> Attending:
