@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import socket
 import subprocess
 import sys
@@ -107,6 +108,10 @@ def slot_count() -> int:
     return max(8, min(SLOTS_MAX, soft // 2 - 64))
 
 
+class NotHandedOver(CallLost):
+    """The supervisor died before it could be told of the call: nothing of it has run, it may be told to another."""
+
+
 class Pending:
     """A call that has been handed over. Close it (or leave its `with`) to end the call."""
 
@@ -191,7 +196,7 @@ class Link:
     def start(self) -> None:
         """Start the supervisor without waiting for it. Safe to call again, and after it died."""
         with self._lock:
-            if self._process is not None and self._process.poll() is None:
+            if self._is_up():
                 return
             self._forget()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -210,6 +215,18 @@ class Link:
                     start_new_session=True,
                 )
             self._control = ours
+
+    def _is_up(self) -> bool:
+        """Whether there is a supervisor to tell of a call. A killed one closes its end before it can be waited for."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        assert self._control is not None
+        poll = select.poll()
+        poll.register(self._control, 0)
+        if not poll.poll(0):
+            return True
+        self._end(self._process)
+        return False
 
     def facts(self) -> HostFacts:
         """What the host can enforce, as the supervisor found it. Waits for its start."""
@@ -262,7 +279,10 @@ class Link:
             ask.setdefault("new", []).append((name, key))
 
     def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int], ticket: Ticket) -> Pending:
-        """Hand one call over. `ticket` goes with what is returned; `fds` stay the caller's to close."""
+        """Hand one call over. `ticket` goes with what is returned; `fds` stay the caller's to close.
+
+        Raises NotHandedOver when the supervisor is gone: the message is one datagram, so it knows nothing of the call.
+        """
         self.facts()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ask_fd = wire.memfd("ask", json.dumps(ask).encode())
@@ -276,7 +296,7 @@ class Link:
                 self._told.update(tuple(pair) for pair in ask.get("new", ()))
         except OSError as error:
             ours.close()
-            raise CallLost(f"the supervisor is gone: {error}") from error
+            raise NotHandedOver(f"the supervisor is gone: {error}") from error
         finally:
             os.close(ask_fd)
         return Pending(ours, ticket)
@@ -287,11 +307,16 @@ class Link:
             process, self._process = self._process, None
             self._forget()
         if process is not None:
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            self._end(process)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        """Wait for a supervisor whose channel is closed."""
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def _forget(self) -> None:
         if self._control is not None:

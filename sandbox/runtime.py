@@ -25,7 +25,7 @@ from sandbox.audit.view import Record
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.host import HostFacts
-from sandbox.link import Link, Pending, Slots, Ticket
+from sandbox.link import Link, NotHandedOver, Pending, Slots, Ticket
 from sandbox.manifest import Manifest
 from sandbox.outcome import Ending, Outcome
 from sandbox.plan import CallSpec, LaunchPlan
@@ -291,6 +291,13 @@ class Sandbox:
             raise
 
     def _ask(self, job: Job, fds: Mapping[str, int], ticket: Ticket) -> Pending:
+        """Ask for the call; once more when the supervisor died without having heard of it."""
+        try:
+            return self._ask_once(job, fds, ticket)
+        except NotHandedOver:
+            return self._ask_once(job, fds, ticket)
+
+    def _ask_once(self, job: Job, fds: Mapping[str, int], ticket: Ticket) -> Pending:
         """Ask for the call. A refusal gets its record first, then it is raised with it."""
         link = self._live_link()
         link.facts()  # a supervisor that died is started anew here, before anything is left out that it has not had

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,10 @@ PROGRAMS = ("gcc", "git", "make", "node", "npm", "ssh", "ssh-keygen", "strace", 
 PROGRAMS += ("iodine", "ptunnel-ng")
 RUNTIMES = ("crun", "runc", "runsc", "nsjail")
 
+
+# A shell that starts something in the background has it ignore interrupts, and so would every program that we test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test asserts a time, and these neither: a machine under load is slow now and then.
 hypothesis.settings.register_profile("untimed", deadline=None)

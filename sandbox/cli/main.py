@@ -1,91 +1,26 @@
-"""`sandbox`: finds the command, imports only what it needs, turns our errors into one clear message and exit 125."""
+"""`sandbox`: the entry point. It sees to streams and interrupts before the rest is loaded."""
 
 from __future__ import annotations
 
-import importlib
 import os
+import signal
 import sys
-
-import typer
-
-from sandbox import __version__
-from sandbox.cli import FAILED, Ended
-from sandbox.errors import SandboxError
-
-# Command -> module; a module has `register(app)` for a command or `app` for a group.
-COMMANDS = {
-    "run": "run",
-    "shell": "shell",
-    "plan": "plan",
-    "doctor": "doctor",
-    "profile": "profile",
-    "audit": "audit",
-    "changes": "changes",
-    "gpu": "gpu",
-    "why": "why",
-    "bench": "bench",
-}
-# Their exit status is a tool's: what we refuse has to be told apart from whatever a tool can say.
-RUNNING = ("run", "shell")
-USAGE = 2
-
-
-def _show_version(*, value: bool) -> None:
-    if value:
-        typer.echo(f"toolcall-sandbox {__version__}")
-        raise typer.Exit
-
-
-def build(names: list[str]) -> typer.Typer:
-    """The application with these commands in it."""
-    app = typer.Typer(
-        name="sandbox",
-        help="Run each tool call of an AI agent in its own single-use container, and keep a record of it.",
-        epilog="Start with: sandbox doctor; sandbox run -- id; sandbox audit list",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        add_completion=True,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-
-    @app.callback()
-    def top(
-        version: bool = typer.Option(
-            False,
-            "--version",
-            callback=lambda value: _show_version(value=value),
-            is_eager=True,
-            help="Show the version.",
-            metavar="",
-        ),
-    ) -> None:
-        """Run each tool call of an AI agent in its own single-use container, and keep a record of it."""
-
-    for name in names:
-        module = importlib.import_module(f"sandbox.cli.{COMMANDS[name]}")
-        if hasattr(module, "register"):
-            module.register(app)
-        else:
-            app.add_typer(module.app, name=name)
-    return app
 
 
 def main() -> None:
     """Entry point. Exit status: the tool's own, 124 wall time, 125 ours, 126/127 cannot run, 128+N signal."""
     _open_missing_streams()
-    asked = sys.argv[1] if len(sys.argv) > 1 else ""
-    names = [asked] if asked in COMMANDS else list(COMMANDS)
-    try:
-        build(names)(prog_name="sandbox")
-    except Ended:
-        raise
-    except SystemExit as end:
-        if end.code == USAGE and asked in RUNNING:
-            sys.exit(FAILED)
-        raise
-    except SandboxError as error:
-        complain(error)
-        sys.exit(FAILED)
+    # Python would end an import with a traceback. Where nothing has begun the signal may as well end us as it ends any
+    # program; whoever started us with interrupts ignored keeps that.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from sandbox.cli import app
+
+    loaded = app.load(sys.argv)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handler)
+    app.run(loaded, sys.argv)
 
 
 def _open_missing_streams() -> None:
@@ -96,20 +31,6 @@ def _open_missing_streams() -> None:
         except OSError:
             # The lowest free number is this one: all below are open by now.
             os.open(os.devnull, os.O_RDWR)
-
-
-def complain(error: SandboxError) -> None:
-    """One message on standard error: what, and what to do about it."""
-    text = str(error)
-    prefix, _, rest = text.partition(": ")
-    if prefix.startswith("overrides "):
-        from sandbox.cli.options import option_of
-
-        text = f"{option_of(prefix.removeprefix('overrides ')) or prefix}: {rest}"
-    print(f"sandbox: {text}", file=sys.stderr)
-    record_id = getattr(error.record, "record_id", "")
-    if record_id:
-        print(f"sandbox: record {record_id}", file=sys.stderr)
 
 
 if __name__ == "__main__":

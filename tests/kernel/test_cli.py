@@ -252,15 +252,14 @@ def test_a_signal_that_the_tool_does_not_handle_ends_it(cli: Cli) -> None:
 
 
 def test_an_interrupt_before_the_tool_runs_ends_everything_quietly(cli: Cli) -> None:
-    for delay in (0.05, 0.2, 0.35):
+    for delay in (0.05, 0.1, 0.2, 0.35, 0.5):
         process = cli.start("run", "--", "sleep", "60", stderr=subprocess.PIPE)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
-        # Before Python has set its own handler the signal's default ends it.
         assert process.returncode in (130, -signal.SIGINT)
-        # Before our first line runs, the interrupt is the interpreter's, and on a busy machine that may take a while.
-        assert b"Traceback" not in err or b"importlib._bootstrap" in err
+        # Before our first line runs, the interrupt is the interpreter's, which on a busy machine may take a while.
+        assert b"Traceback" not in err or b", in main\n" not in err, err.decode()
 
 
 # -- terminals ------------------------------------------------------------------------------------------------------
