@@ -17,7 +17,7 @@ demo-docker: venv ## what ROME did, with a Docker daemon of its own as the wall 
 	@.venv/bin/python examples/rome.py --launcher docker
 
 bench: venv ## what a call costs here, beside other sandboxes (bench/install-peers installs some)
-	.venv/bin/sandbox bench --sustained 60 --alive 500 $(BENCH)
+	.venv/bin/python bench/with-docker .venv/bin/sandbox bench --sustained 60 --alive 500 $(BENCH)
 	.venv/bin/python bench/egress.py $(EGRESS_BENCH)
 
 test: venv ## all tests; as root also the user-mode ones as an ordinary user

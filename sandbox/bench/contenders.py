@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 from sandbox.bench.jobs import Job
 
 TIMEOUT_S = 60.0
+# Where `bench/install-peers` puts it.
+SRT = Path(".cache/peers/srt/node_modules/.bin/srt")
 
 
 class Missing(Exception):
@@ -168,9 +171,13 @@ def nsjail() -> Contender:
 
 def srt() -> Contender:
     """https://github.com/anthropic-experimental/sandbox-runtime"""
-    path = _found("srt")
+    path = str(SRT) if SRT.exists() else _found("srt")
     differs = "shares the host's read-only view, /proc and user; a proxy for the network; no limits, no record"
-    return Contender("srt", differs, lambda job: run_checked([path, *job.argv], job), jobs=("true", "python"))
+
+    def do(job: Job) -> None:
+        run_checked([path, "-c", shlex.join(job.argv)], job)
+
+    return Contender("srt", differs, do, jobs=("true", "python"))
 
 
 def sandlock(python: str) -> list[Contender]:

@@ -20,7 +20,9 @@ def bench(
     submissions: Annotated[int, typer.Option(help="Calls submitted at once; 0 for none.", min=0)] = 2000,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no load: does it work at all?")] = False,
     peers: Annotated[bool, typer.Option(help="Measure other sandboxes that are installed.")] = True,
-    image: Annotated[str, typer.Option(help="A local image with python3, for docker run.")] = "",
+    image: Annotated[
+        str, typer.Option(envvar="SANDBOX_BENCH_IMAGE", help="A local image with python3, for docker run.")
+    ] = "",
     out: Annotated[str, typer.Option(help="Directory for the JSON file and the charts.")] = "bench/results",
     json_output: Annotated[bool, typer.Option("--json", help="The whole result on standard output.")] = False,
 ) -> None:
