@@ -31,7 +31,7 @@ from sandbox.host import HostFacts, delegation_prefix
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[3]); import sandbox; del sys.path[0]; "
     "sys.path.extend(p for p in sys.argv[3:] if p not in sys.path); "
-    "from sandbox.supervisor.main import main; sys.exit(main(sys.argv[1:3]))"
+    "from sandbox.supervisor.main import run; run(sys.argv[1:3])"
 )
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0

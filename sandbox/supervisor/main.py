@@ -1,8 +1,7 @@
-"""Entry of the supervisor process: `python -I -c ... CONTROL_FD STATE`, started by `sandbox.runtime`."""
+"""Entry of the supervisor process: `python -I -c ... CONTROL_FD STATE`, started by `sandbox.link`."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import resource
@@ -10,14 +9,24 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from sandbox._linux import process, wire
 from sandbox.errors import SandboxError
-from sandbox.supervisor.server import Supervisor
+
+
+def run(argv: list[str]) -> NoReturn:
+    """`main` as a process of its own, which ends without being taken apart: that costs a tenth of a short run."""
+    status = main(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def main(argv: list[str]) -> int:
     """Serve until the caller is gone. Exit status 1 when the start failed; the caller has been told why."""
+    # What is imported and made until we serve stays: the collector would look through it again and again for nothing.
+    gc.disable()
     control = socket.socket(fileno=int(argv[0]))
     os.umask(0o077)
     # Each call holds a dozen descriptors. The soft limit is a default for programs that use select(2); we do not.
@@ -26,6 +35,9 @@ def main(argv: list[str]) -> int:
     # The caller's terminal sends these to every process of its group; what they mean is the caller's to decide.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _load_asyncio()
+    import asyncio
+
     try:
         return asyncio.run(_run(control, Path(argv[1])))
     except SandboxError as error:
@@ -33,18 +45,35 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def _load_asyncio() -> None:
+    """asyncio without ssl, which takes longer to load than all of its own modules.
+
+    It does without where Python has none, and here it may: TLS is the egress gateway's, a process of its own. Whoever
+    else imports ssl in this process, as docker's SDK does, gets it.
+    """
+    if "ssl" in sys.modules:
+        return
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # what makes an import say that there is none
+    try:
+        import asyncio  # noqa: F401
+    finally:
+        del sys.modules["ssl"]
+
+
 async def _run(control: socket.socket, state: Path) -> int:
+    from sandbox.supervisor.server import Supervisor
+
     supervisor = Supervisor(control, state)
     # Only now: the probes fork, and a process that is not dumpable cannot write its own id maps.
     process.set_not_dumpable()
     supervisor.prepare()
     # What is here now stays: looking through all of it for garbage again and again would cost a share of each call.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 20, 20)
+    gc.enable()
     await supervisor.serve()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(sys.argv[1:])

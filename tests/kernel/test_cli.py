@@ -414,8 +414,10 @@ def test_a_slow_start_is_shown_on_a_terminal_and_nowhere_else(terminal: Any, cli
 
 def test_a_run_loads_nothing_that_it_does_not_need(cli: Cli) -> None:
     source = (
-        "import sys; from sandbox.cli import main; sys.argv = ['sandbox', 'run', '--', 'true']\n"
-        "try: main.main()\nexcept SystemExit: print(*sys.modules)"
+        "import os, sys; from sandbox.cli import main; sys.argv = ['sandbox', 'run', '--', 'true']\n"
+        "end = os._exit\n"
+        "def show(status): print(*sys.modules, flush=True); end(status)\n"
+        "os._exit = show; main.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, env=environment(cli.state), check=True
