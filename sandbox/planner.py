@@ -466,15 +466,12 @@ def _call_steps(
     ]
     if _mechanism(limits, "cpus") == "cpu affinity":
         steps.append(Step("affinity", "call", {"cores": max(1, math.ceil(manifest.resources.cpus))}))
-    steps += [
-        Step("rlimits", "call", _rlimits(manifest, limits)),
-        Step("capabilities", "call"),
-        Step("no_new_privs", "call"),
-    ]
+    steps += [Step("capabilities", "call"), Step("no_new_privs", "call")]
     if facts.landlock_abi:
         rules = _landlock_rules(manifest, call)
         steps.append(Step("landlock", "call", {"abi": facts.landlock_abi, "rules": rules}))
-    steps += [Step("close_fds", "call"), Step("seccomp", "call")]
+    # Open files are limited when nothing is opened any more: the steps themselves may need more than the tool.
+    steps += [Step("close_fds", "call"), Step("rlimits", "call", _rlimits(manifest, limits)), Step("seccomp", "call")]
     return tuple(steps)
 
 

@@ -19,6 +19,7 @@ STEPS = {
     "keyring": steps.at_once(steps.keyring),
     "landlock": steps.at_once(steps.landlock_rules),
     "close_fds": steps.at_once(steps.close_fds),
+    "rlimits": steps.at_once(steps.rlimits),
     "seccomp": steps.at_once(steps.seccomp_filter),
 }
 

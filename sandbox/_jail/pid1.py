@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 STANDARD_FDS = ("stdin", "stdout", "stderr")
 EXTRA_FDS = (("request", 3), ("result", 4))
+# Above all of these, and no higher than need be: the tool's limit of open files, which may be 16, is ours by now.
+_FREE_FD = 5
 _STDIO_MAX = 2
 # Signals whose handling this interpreter has changed; an ignored one would stay ignored across the exec.
 _OURS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
@@ -38,7 +40,6 @@ def run(launch: Launch, release: int) -> None:
     """Everything from birth to the end of the tool. Does not return."""
     try:
         wait_for_release(launch, release)
-        launch.out_fds = {}  # what the builder made, it hands over itself
         launch.out_fds = {}  # what the builder made, it hands over itself
         launch.take_ready(steps.make_ready(launch))
         park(launch)
@@ -126,7 +127,7 @@ def _spawn(launch: Launch) -> int:
     # First out of the way of the low numbers, so that no dup2 overwrites a source that is still needed.
     sources = [*((launch.fds[name], number) for number, name in enumerate(STANDARD_FDS))]
     sources += [(launch.fds[name], number) for name, number in EXTRA_FDS if name in launch.fds]
-    moved = [(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16), number) for fd, number in sources]
+    moved = [(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FREE_FD), number) for fd, number in sources]
     actions += [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in moved]
     argv, env = launch.call["argv"], launch.call["env"]
     options: dict[str, Any] = {"file_actions": actions, "setsid": True, "setsigmask": [], "setsigdef": _OURS}

@@ -32,6 +32,9 @@ FIRST_FD = 3
 # Where a runtime insists on a root in the container, that is the last uid of the container's block.
 ROOT_ID_OFFSET = 63
 _OUR_FILES = ("__init__.py", "errors.py", "_jail", "_linux")
+# A runtime takes the limit of open files on before it is done: crun 1.8.1 cannot make a container with 32 of them. So
+# the container's first process lowers it, as the last thing before the filter.
+ROOM_FILES = 256
 _RLIMITS = ("CORE", "NOFILE", "FSIZE", "MEMLOCK", "RTPRIO", "NICE", "NPROC", "CPU")
 
 
@@ -77,8 +80,21 @@ class Kind:
         return docker.to_docker_json(policies.resolve(self.plan.seccomp), os.uname().machine)
 
 
+def with_room(plan: LaunchPlan) -> LaunchPlan:
+    """The plan with as many open files as a runtime itself takes."""
+    asked = _open_files(plan)
+    return plan if asked >= ROOM_FILES else plan.with_step_args("rlimits", NOFILE=ROOM_FILES)
+
+
+def _open_files(plan: LaunchPlan) -> int:
+    return int(next(step for step in plan.steps if step.name == "rlimits").args["NOFILE"])
+
+
 def arranged(plan: LaunchPlan, flavour: Flavour) -> list[dict[str, Any]]:
     """The plan's steps with who does each here: `view`, `enter`, `runtime`, `outside`, `call` or `tool`."""
+    exact = _open_files(plan)
+    if flavour.inside:
+        plan = with_room(plan)
     steps = [step for step in plan.steps if step.name != "scratch"]
     scratch = next(step for step in plan.steps if step.name == "scratch")
     at = next(index for index, step in enumerate(steps) if step.name == "devices") + 1
@@ -88,6 +104,8 @@ def arranged(plan: LaunchPlan, flavour: Flavour) -> list[dict[str, Any]]:
         placed.append({"name": step.name, "where": _where(step, flavour), "args": _args(step)})
         if step.name == "terminals" and step.args["tty"]:
             placed.append({"name": "terminals", "where": "call", "args": dict(step.args)})
+        if step.name == "rlimits" and exact < _open_files(plan):
+            placed.append({"name": "rlimits", "where": "call", "args": {"NOFILE": exact}})
     return placed
 
 

@@ -429,7 +429,9 @@ class DockerContainer:
         assert isinstance(env, dict)
         assert isinstance(cwd, str)
         argv = [self._python, *argv[1:]] if self._python else list(argv)
-        self._gate.write("call", call_script(argv, env, cwd, streams))
+        files = int(config.step(self._plan, "rlimits")["NOFILE"])
+        limit = files if files < config.ROOM_FILES else None
+        self._gate.write("call", call_script(argv, env, cwd, streams, limit))
         os.write(self._pipes["go"], b"go\n")
 
     def _on_gate(self) -> None:
@@ -444,6 +446,8 @@ class DockerContainer:
             self._tell({"ev": "executed"})
             for number in self._signals:
                 self.signal(number)
+        elif words[0] == "nolimit":
+            self.failure = {"step": "exec", "errno": 0, "message": "the image's shell cannot limit open files (ulimit)"}
         elif words[0] == "noenv":
             self.failure = {"step": "exec", "errno": 0, "message": "the image lacks env, which starts the tool"}
         else:

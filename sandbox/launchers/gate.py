@@ -87,8 +87,13 @@ class Gate:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def call_script(argv: Sequence[str], env: Mapping[str, str], cwd: str, streams: Mapping[str, str]) -> str:
-    """What the waiting shell does next. `streams` maps stdin, request and result to a path inside; stdin always is."""
+def call_script(
+    argv: Sequence[str], env: Mapping[str, str], cwd: str, streams: Mapping[str, str], open_files: int | None = None
+) -> str:
+    """What the waiting shell does next. `streams` maps stdin, request and result to a path inside; stdin always is.
+
+    `open_files`: the limit, where the container was made with a higher one.
+    """
     status = f"{AT}/status"
     program = shlex.quote(argv[0])
     redirects = [f"<{streams['stdin']}", f">{AT}/stdout", f"2>{AT}/stderr"]
@@ -103,6 +108,7 @@ def call_script(argv: Sequence[str], env: Mapping[str, str], cwd: str, streams: 
         f"command -v env >/dev/null 2>&1 || {{ echo noenv >{status}; exit 125; }}",
         f"cd {shlex.quote(cwd)} 2>/dev/null || {{ echo cwd >{status}; exit 126; }}",
         f"command -v {program} >/dev/null 2>&1 || {{ echo missing >{status}; exit 127; }}",
+        *([f"ulimit -n {open_files} || {{ echo nolimit >{status}; exit 125; }}"] if open_files is not None else []),
         f"exec {' '.join(redirects)}",
         f"echo opened >{status}",
         f"exec env -i {shlex.join([*words, *tool])}",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 from sandbox.host import programs
-from sandbox.launchers.attended import Flavour, Kind
+from sandbox.launchers.attended import Flavour, Kind, with_room
 from sandbox.launchers.oci_declared import RUNSC_TASKS
 from sandbox.launchers.oci_spec import Place, runtime_spec, userspace_spec
 from sandbox.seccomp import policy as policies
 
 
 def _config(kind: Kind, place: Place) -> bytes:
-    return json.dumps(runtime_spec(kind.plan, place, kind.seccomp), separators=(",", ":")).encode()
+    return json.dumps(runtime_spec(with_room(kind.plan), place, kind.seccomp), separators=(",", ":")).encode()
 
 
 def _userspace_config(kind: Kind, place: Place) -> bytes:

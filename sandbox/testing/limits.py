@@ -88,9 +88,21 @@ def inodes(stage: Stage) -> None:
     assert stage.ask(code.format(20), resources={"inodes": 64}) == ""
 
 
+def _limit_of_files() -> list[int]:
+    import resource
+
+    return list(resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
 def open_files(stage: Stage) -> None:
     code = "answer(next((n for _ in range({0}) if (n := refusal(os.dup, 0))), ''))"
-    assert stage.ask(code.format(100), resources={"open_files": 32}) == "EMFILE"
+    limit = "import resource; answer(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    # The smallest that can be asked for is less than what a container's runtime needs for itself.
+    for count in (16, 32):
+        assert stage.ask(code.format(100), resources={"open_files": count}) == "EMFILE"
+        assert stage.ask(limit, resources={"open_files": count}) == [count, count]
+    with stage.box(resources={"open_files": 16}) as box:
+        assert box.call(_limit_of_files).unwrap() == [16, 16]
     assert stage.ask(code.format(10), resources={"open_files": 32}) == ""
 
 

@@ -26,11 +26,13 @@ def at(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def run(at: Path, argv: list[str], env: dict[str, str], cwd: str = "/") -> tuple[int, bytes, bytes, bytes]:
+def run(
+    at: Path, argv: list[str], env: dict[str, str], cwd: str = "/", open_files: int | None = None
+) -> tuple[int, bytes, bytes, bytes]:
     """(exit status, output, errors, what the gate said)."""
     made = Gate(at)
     ends = {name: made.open_reading(name) for name in ("stdout", "stderr")} | {"status": made.open_both("status")}
-    made.write("call", call_script(argv, env, cwd, STREAMS))
+    made.write("call", call_script(argv, env, cwd, STREAMS, open_files))
     try:
         status = subprocess.run(["/bin/sh", str(at / "call")], timeout=20, check=False).returncode
         return status, *(_read(ends[name]) for name in ("stdout", "stderr", "status"))
@@ -81,6 +83,14 @@ def test_what_cannot_be_started_is_told_apart_from_what_ran(
     at: Path, argv: list[str], env: dict[str, str], cwd: str, status: int, says: bytes
 ) -> None:
     assert run(at, argv, env, cwd)[::3] == (status, says)
+
+
+def test_a_limit_of_open_files_that_the_engine_could_not_take_is_the_tools(at: Path) -> None:
+    script = "ulimit -n; ulimit -Hn"
+    status, out, _, said = run(at, ["sh", "-c", script], {"PATH": "/usr/bin:/bin"}, open_files=16)
+    assert (status, out, said) == (0, b"16\n16\n", b"opened\n")
+    # Nobody raises it: with more than the hard limit asked for, the tool is not started.
+    assert run(at, ["true"], {"PATH": "/usr/bin:/bin"}, open_files=1 << 40)[::3] == (125, b"nolimit\n")
 
 
 def test_covers_are_closed_and_places_are_as_what_will_be_there(at: Path) -> None:

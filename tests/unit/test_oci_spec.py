@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,6 +141,25 @@ def test_every_step_of_the_plan_is_somebodys_and_the_walls_keep_their_order(flav
     assert where["close_fds"] == "call"
     inside = [step["name"] for step in placed if step["where"] == "call"]
     assert inside.index("close_fds") < (inside.index("seccomp") if "seccomp" in inside else len(inside))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda flavour: flavour.name)
+def test_a_small_limit_of_open_files_leaves_the_runtime_room_and_is_set_before_the_tool(
+    flavour: attended.Flavour,
+) -> None:
+    plan = plan_of(resources={"open_files": 16})
+    placed = attended.arranged(plan, flavour)
+    first, last = (step for step in placed if step["name"] == "rlimits")
+    assert (first["args"]["NOFILE"], last["where"], last["args"]) == (attended.ROOM_FILES, "call", {"NOFILE": 16})
+    inside = [step["name"] for step in placed if step["where"] == "call"]
+    assert inside.index("close_fds") < inside.index("rlimits")
+    if flavour is not nsjail.NSJAIL:
+        place = replace(PLACE, hard_limits={})
+        spec = json.loads(flavour.config(attended.Kind(plan, flavour, b""), place))
+        limits = {item["type"]: item["hard"] for item in spec["process"]["rlimits"]}
+        assert limits["RLIMIT_NOFILE"] == attended.ROOM_FILES
+    # A kernel of its own holds the tool to it and needs no room.
+    assert [step["name"] for step in attended.arranged(plan, oci.FLAVOURS["runsc"])].count("rlimits") == 1
 
 
 def test_a_terminal_is_mounted_by_one_and_opened_by_another() -> None:
