@@ -6,6 +6,7 @@ threads that lose context variables, so that everything here can be given with t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,6 +51,23 @@ _CURRENT: ContextVar[CallContext] = ContextVar("toolcall_sandbox_context", defau
 def current_context() -> CallContext:
     """The context that `call_context` set here, else an empty one."""
     return _CURRENT.get()
+
+
+def parse_traceparent(text: str) -> tuple[str, str]:
+    """The trace and span ids in a `traceparent`, `00-TRACE-SPAN-FLAGS`. Raises ValueError for anything else.
+
+    Source: W3C Trace Context, 3.2: version ff and ids of zeros alone are invalid, later versions may add fields.
+    """
+    found = _TRACEPARENT.fullmatch(text)
+    if not found or (found["version"] == "00" and found["more"]):
+        raise ValueError(f"{text[:80]!r} is not 00-TRACE-SPAN-FLAGS of 32, 16 and 2 lower-case hexadecimal digits")
+    return found["trace"], found["span"]
+
+
+_TRACEPARENT = re.compile(
+    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<span>(?!0{16})[0-9a-f]{16})-[0-9a-f]{2}"
+    r"(?P<more>(-.*)?)"
+)
 
 
 @contextmanager

@@ -287,7 +287,8 @@ def _refuse_missing(
         hints = list(dict.fromkeys([*fixes, *launcher[1], *([gpu_fix] if gpu_fix else [])]))
         # Without a jail there is nothing to accept less of.
         if names and "processes" not in missing:
-            hints.append(f"or accept less: best_effort = {sorted({*isolation.best_effort, *names})}")
+            options = " ".join(f"--best-effort {name}" for name in sorted({*names} - {*isolation.best_effort}))
+            hints.append(f"or accept less: best_effort = {sorted({*isolation.best_effort, *names})}, {options}")
         by_reason: dict[str, list[str]] = {}
         for name, reason in missing.items():
             by_reason.setdefault(reason, []).append(name)

@@ -107,23 +107,12 @@ def _fact(path: str) -> PathFact:
 
 
 def workspace(manifest: Manifest) -> Workspace:
-    """The workspace that the manifest names. Raises ManifestError for an `allow_protected` that grants nothing."""
+    """The workspace that the manifest names."""
     filesystem = manifest.filesystem
-    if filesystem.allow_protected:
-        _check_protected(filesystem.allow_protected)
     if not filesystem.workspace:
         return Workspace()
     mode = filesystem.workspace_mode
     return Workspace("rw" if mode == "private" else mode, filesystem.workspace, filesystem.workspace)
-
-
-def _check_protected(names: tuple[str, ...]) -> None:
-    from sandbox.workspace.protected import check_allow
-
-    try:
-        check_allow(names)
-    except ValueError as error:
-        raise ManifestError(str(error), where="filesystem.allow_protected") from error
 
 
 def allowed_environment(manifest: Manifest, source: Mapping[str, str]) -> dict[str, str]:

@@ -145,6 +145,7 @@ def resolve(
         notes += taken
         sources += ((str(path), digest),)
     layer, missing = _check_paths(layer)
+    _check_protected(layer)
     manifest = to_manifest(layer)
     return Resolved(
         manifest=manifest,
@@ -331,6 +332,17 @@ def _check_paths(layer: Layer) -> tuple[Layer, tuple[str, ...]]:
     if workspace.value and not os.path.isdir(workspace.value):
         raise workspace.origin.error(f"the workspace {workspace.value!r} is not a directory that is there")
     return layer, tuple(notes)
+
+
+def _check_protected(layer: Layer) -> None:
+    """Refuse an `allow_protected` entry that grants nothing."""
+    for item in layer.items("filesystem.allow_protected"):
+        from sandbox.workspace.protected import check_allow
+
+        try:
+            check_allow([item.value])
+        except ValueError as err:
+            raise item.origin.error(str(err)) from err
 
 
 def _is_there(item: Item) -> bool:

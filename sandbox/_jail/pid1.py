@@ -144,8 +144,8 @@ def _spawn(launch: Launch) -> int:
     finally:
         for fd, _ in moved:
             os.close(fd)
-    assert refused is not None
-    raise refused
+    # An empty PATH names no place to look in.
+    raise refused or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def candidates(program: str, env: dict[str, str]) -> list[str]:

@@ -87,7 +87,8 @@ def facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "why": plain(context.get("why")),
         "agent": plain(agent.get("name")),
         "session": plain(context.get("session")),
-        "trace": plain(context.get("trace_id")),
+        "trace": " ".join(filter(None, (plain(context.get("trace_id")), plain(context.get("span_id"))))),
+        "parent": plain(context.get("parent_record_id")),
         "started": plain(times.get("time_start")) + (f", took {plain(duration)} s" if duration is not None else ""),
         "profile": " ".join(filter(None, (plain(policy.get("profile")), plain(policy.get("manifest_sha256"))))),
         "usage": _usage(group(record, "usage")),
@@ -192,14 +193,19 @@ def _enforcement(record: Mapping[str, Any]) -> Iterator[Table]:
         by = plain(control.get("mechanism")) + (f" ({plain(control['reason'])})" if control.get("reason") else "")
         table.add_row(
             _text(plain(name, 40)),
-            _text(amount(name, control.get("requested"))),
-            _text(amount(name, control.get("applied"))),
+            _text(_rate(name, control.get("requested"))),
+            _text(_rate(name, control.get("applied"))),
             _text(level, _STYLES.get(level, "")),
             _text(by),
             _text(amount(name, verdict.get("observed"))),
             _text(judged, _STYLES.get(judged, "")),
         )
     yield table
+
+
+def _rate(name: str, value: Any) -> str:
+    """A limit's amount; the one on io is per second, what was seen of it is a total."""
+    return f"{amount(name, value)}/s" if name == "io" and value is not None else amount(name, value)
 
 
 def _listing(title: str, items: list[Any], columns: tuple[str, ...]) -> Iterator[Table]:

@@ -28,7 +28,7 @@ StateOption = Annotated[
     str | None, typer.Option("--state", envvar="SANDBOX_STATE", help="The state directory that holds the changes.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A record's id, or its start.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A record's id, the start of one, or `last`.")]
 AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-protected", metavar="NAME", help="Commit this rule's paths too, or one path; repeatable."),
@@ -112,7 +112,7 @@ def commit(
 
 @app.command()
 def discard(
-    record_id: Annotated[str, typer.Argument(metavar="ID", help="A record's id, or its start.")] = "",
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="A record's id, the start of one, or `last`.")] = "",
     everything: Annotated[bool, typer.Option("--all", help="Forget the changes of every call.")] = False,
     state: StateOption = None,
     as_json: JsonOption = False,
@@ -134,13 +134,15 @@ def discard(
 
 
 def _load(state: str | None, record_id: str) -> Changeset:
-    """The changeset of that id, or of the only one that starts with it."""
+    """The changeset of that id, of the only one that starts with it, or the newest one."""
     from sandbox.errors import WorkspaceError
     from sandbox.workspace import Changeset, list_changesets, printable
 
     store = _store(state)
     ids = [changeset.record_id for changeset in list_changesets(store)]
     matching = [record_id] if record_id in ids else [found for found in ids if found.startswith(record_id)]
+    if record_id == "last":
+        matching = ids[-1:]
     if len(matching) != 1:
         many = f"{len(matching)} changesets start with" if matching else "there is no changeset"
         raise WorkspaceError(f"{many} {printable(record_id[:64])!r}", hint="`sandbox changes list` shows them")

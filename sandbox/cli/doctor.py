@@ -120,15 +120,18 @@ def _launchers(facts: HostFacts) -> str:
     from sandbox.launchers.declared import DECLARED, choices
     from sandbox.planner_launcher import lack_here
 
-    here, lacking = [], []
+    here: list[str] = []
+    lacking: dict[str, list[str]] = {}
     for choice in choices("auto", ""):
         why, fix = lack_here(choice, facts)
         name = " ".join(filter(None, (choice.launcher, choice.runtime)))
         if why:
-            lacking.append(f"not here: {why.partition(': ')[2] or why}{f'   fix: {fix}' if fix else ''}")
+            reason = why.partition(": ")[2] or "not installed"
+            lacking.setdefault(f"{reason}{f'   fix: {fix}' if fix else ''}", []).append(name)
         else:
             here.append(f"{name} (with an image and a daemon)" if DECLARED[choice.launcher].needs_image else name)
-    return "\n                ".join([", ".join(here) or "none", *dict.fromkeys(lacking)])
+    gaps = [f"not here: {', '.join(names)}: {reason}" for reason, names in lacking.items()]
+    return "\n                ".join([", ".join(here) or "none", *gaps])
 
 
 def _overlay(facts: HostFacts) -> str:

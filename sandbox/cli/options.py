@@ -32,6 +32,10 @@ def _grant(help: str, metavar: str) -> Any:
     return typer.Option(help=help, metavar=metavar, rich_help_panel=_GRANTS)
 
 
+def _told(help: str, metavar: str, variable: str) -> Any:
+    return typer.Option(help=help, metavar=metavar, envvar=variable or None, rich_help_panel=_RECORD)
+
+
 Profile = Annotated[
     str,
     typer.Option("--profile", "-p", help="A profile's name or file.", metavar="NAME", autocompletion=complete_profiles),
@@ -83,20 +87,45 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Name of the parameter -> its option: whose call it is, for the record (`cli/context.py`).
+CONTEXT: dict[str, Any] = {
+    "agent": Annotated[str, _told("Which agent asks.", "NAME", "SANDBOX_AGENT")],
+    "session": Annotated[str, _told("Which session of it.", "ID", "SANDBOX_SESSION")],
+    "parent": Annotated[str, _told("The record of the call that this one belongs to.", "RECORD", "SANDBOX_PARENT")],
+    # Its variable is looked at where it is parsed: what others left in the environment is no mistake of the user's.
+    "traceparent": Annotated[str, _told("W3C trace context; else that of $TRACEPARENT.", "TEXT", "")],
+}
+
+
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command` every option in SETTINGS; it gets them as one argument `settings`: a manifest's overrides."""
+    return _with_options(command, "settings", SETTINGS, overrides)
+
+
+def with_context(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` every option in CONTEXT; it gets them as one argument `context`."""
+    from sandbox.cli.context import gather
+
+    return _with_options(command, "context", CONTEXT, gather)
+
+
+def _with_options(
+    command: Callable[..., None], argument: str, table: dict[str, Any], gather: Callable[..., Any]
+) -> Callable[..., None]:
     own = inspect.signature(command, eval_str=True).parameters
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        given = {name: values.pop(name) for name in SETTINGS}
-        command(settings=overrides(**given), **values)
+        given = {name: values.pop(name) for name in table}
+        command(**{argument: gather(**given)}, **values)
 
     kind = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in SETTINGS.items()]
-    mine = [parameter.replace(kind=kind) for name, parameter in own.items() if name != "settings"]
+    added = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in table.items()]
+    mine = [parameter.replace(kind=kind) for name, parameter in own.items() if name != argument]
     wrapper.__signature__ = inspect.Signature([*mine, *added])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {}
+    # What it wraps has other parameters: nobody is to look through to that.
+    del wrapper.__wrapped__
     return wrapper
 
 
@@ -114,7 +143,11 @@ def workspace_setting(value: str | None) -> dict[str, str]:
 
 def overrides(**given: Any) -> dict[str, Any]:
     """Command line values as overrides in the manifest's file form; what was not given is left out."""
-    found = {name: value for name, value in given.items() if value not in (None, [], "")}
+    found = {name: value for name, value in given.items() if value not in (None, [])}
+    for name, value in found.items():
+        # Such as a script's "$SIZE" that is not set: to leave it out would be to weaken in silence.
+        if value == "":
+            raise ManifestError("the value is empty", where=f"--{name.replace('_', '-')}")
     found |= workspace_setting(found.pop("workspace", None))
     if "set_env" in found:
         found["env_set"] = dict(_assignments(found.pop("set_env")))
@@ -137,5 +170,7 @@ def option_of(key: str) -> str:
     """The option that stands for a manifest's key (`resources.memory`); empty where there is none."""
     renamed = {"environment.allow": "env", "environment.set": "set_env", "network.allow": "allow_host"}
     renamed["filesystem.workspace_mode"] = "workspace"
+    if key.startswith("environment.set."):
+        key = "environment.set"
     name = renamed.get(key, key.partition(".")[2])
     return f"--{name.replace('_', '-')}" if name in SETTINGS else ""

@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 
 from sandbox.cli import FAILED, Ended, options
 from sandbox.cli.progress import Progress
+from sandbox.context import call_context
 from sandbox.errors import ManifestError, SandboxError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Request:
     """One call as the command line asks for it."""
 
     command: list[str]
-    why: str = ""
+    context: Mapping[str, str] = field(default_factory=dict)
     collect: Sequence[str] = ()
     into: Path | None = None
     commit: bool = False
@@ -39,12 +40,13 @@ def register(app: typer.Typer) -> None:
     app.command(
         context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
         options_metavar="[OPTIONS] --",
-    )(options.with_settings(run))
+    )(options.with_context(options.with_settings(run)))
 
 
 def run(
     command: Annotated[list[str], typer.Argument(help="The program and its arguments.", metavar="COMMAND")],
     settings: dict[str, Any],
+    context: dict[str, str],
     profile: options.Profile = "shell",
     commit: options.Commit = False,
     collect: Annotated[
@@ -72,7 +74,8 @@ def run(
     """
     if bool(collect) != (into is not None):
         raise ManifestError("--collect GLOB and --into DIR belong together", where="--collect" if collect else "--into")
-    request = Request(command, why, collect or (), into, commit, Path(record) if record else None, terminal)
+    kept = Path(record) if record else None
+    request = Request(command, {**context, "why": why}, collect or (), into, commit, kept, terminal)
     raise Ended(execute(request, profile, state, settings))
 
 
@@ -113,7 +116,8 @@ def carry_out(box: Sandbox, request: Request, progress: Progress) -> Outcome:
     tty = is_interactive() if request.terminal is None else request.terminal
     streams = Streams(terminal=tty)
     try:
-        passing = box.passing(request.command, streams.fds, why=request.why, collect=request.collect, tty=tty)
+        with call_context(**request.context):
+            passing = box.passing(request.command, streams.fds, collect=request.collect, tty=tty)
     finally:
         streams.close_theirs()
     with passing:

@@ -21,11 +21,12 @@ exec sh -i
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(options.with_settings(shell))
+    app.command()(options.with_context(options.with_settings(shell)))
 
 
 def shell(
     settings: dict[str, Any],
+    context: dict[str, str],
     profile: options.Profile = "shell",
     commit: options.Commit = False,
     why: options.Why = "a look around",
@@ -35,5 +36,5 @@ def shell(
     """Open a shell under a profile, for an hour unless --wall-time says otherwise. Its exit status is the shell's."""
     settings.setdefault("wall_time", "1h")
     command = ["/bin/sh", "-c", _SCRIPT, profile]
-    request = Request(command, why, commit=commit, record=Path(record) if record else None)
+    request = Request(command, {**context, "why": why}, commit=commit, record=Path(record) if record else None)
     raise Ended(execute(request, profile, state, settings))

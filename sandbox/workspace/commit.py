@@ -64,7 +64,7 @@ def commit(changeset: Changeset, *, allow_protected: tuple[str, ...], force: boo
     try:
         check_allow(allow_protected)
     except ValueError as error:
-        raise WorkspaceError(str(error)) from error
+        raise WorkspaceError(f"allow_protected: {error}") from error
     if changeset.directory is None:
         return CommitResult(skipped=list(changeset.skipped))
     with _locked(changeset) as journal:

@@ -246,7 +246,7 @@ def check_allow(allow: Iterable[str]) -> None:
         is_path = "/" in item or "." in item or _rule_for(fold(item), is_link=True) is not None
         if item not in RULES and item not in STRUCTURAL_RULES and not is_path:
             names = ", ".join([*RULES, *STRUCTURAL_RULES])
-            raise ValueError(f"allow_protected: {item!r} is no rule and no path; rules are {names}")
+            raise ValueError(f"{item!r} is no rule and no path; rules are {names}")
 
 
 def is_allowed(rule: str, path: str, allow: Iterable[str]) -> bool:

@@ -23,6 +23,7 @@ import types
 from collections.abc import Callable
 
 SECRET = "planted-by-an-earlier-call"
+NICE = os.nice(0)  # of whoever runs the tests, which calls inherit
 PLACES = ("/tmp", "/var/tmp", "/home/user", "/dev/shm", "/workspace")
 
 
@@ -83,7 +84,7 @@ def look_process() -> list[str]:
         "environment of /proc": SECRET not in _text("/proc/self/environ"),
         "cwd": os.getcwd() == "/workspace",
         "umask": mask == 0o022,
-        "nice": os.nice(0) == 0,
+        "nice": os.nice(0) == NICE,
         "handlers": signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL,
         "mask": not signal.pthread_sigmask(signal.SIG_BLOCK, set()),
         "timers": signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0),

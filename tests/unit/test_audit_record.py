@@ -141,6 +141,7 @@ def verdict(control: str, manifest: dict[str, Any] = MANIFEST, **changes: Any) -
         ("memory", {}, "within"),
         ("pids", {}, "not_observable"),
         ("pids", {"usage": {"pids_peak": 3, "pids_refused": 9}}, "exceeded"),
+        ("pids", {"usage": {"pids_peak": 9999, "pids_refused": 0}}, "within"),
         ("cpus", {"usage": {"cpu_user_s": 25.0}}, "not_observable"),
         ("cpus", {"usage": {"cpu_user_s": 25.0}, "enforcement": {"cpus": {"level": "full"}}}, "within"),
         ("cpus", {"usage": {"cpu_user_s": 0.0}}, "unused"),

@@ -515,6 +515,7 @@ def test_a_ceiling_keeps_the_hosts_that_both_name(write: Write) -> None:
         ('[filesystem]\nwrite = ["/etc/x"]\ndeny = ["/etc"]', 2, "inside the denied tree '/etc'"),
         ('[filesystem]\nread = ["/proc/1"]', 2, "the jail's own"),
         ('[isolation]\nbest_effort = ["mem"]', 2, "'mem' is not allowed; allowed: 'filesystem'"),
+        ('[filesystem]\nallow_protected = ["hooks"]', 2, "'hooks' is no rule and no path; rules are git-redirect"),
         ('[isolation]\nbest_effort = ["io"]\nrequired = ["io"]', 2, "at once"),
         ('[network]\nmode = "none"\nallow = ["a.example"]', 3, "network.mode is 'none'"),
         ('[network]\nallow = ["*.com"]', 2, "too wide"),

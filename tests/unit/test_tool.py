@@ -15,7 +15,7 @@ import pytest
 
 import sandbox.runtime
 from sandbox import sandboxed
-from sandbox.context import CallContext, call_context, current_context
+from sandbox.context import CallContext, call_context, current_context, parse_traceparent
 from sandbox.errors import Denied, ManifestError, SandboxError, Unenforceable
 
 if TYPE_CHECKING:
@@ -404,3 +404,29 @@ def test_type_checkers_see_signature_and_attributes(tmp_path: Path) -> None:
     errors = [line for line in done.stdout.splitlines() if "use.py" in line and "error" in line]
     assert len(errors) == 1, done.stdout
     assert 'use.py:7: error: Argument 1 to "__call__"' in errors[0]
+
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize("text", [f"00-{TRACE}-{SPAN}-01", f"01-{TRACE}-{SPAN}-00-and-more"])
+def test_a_traceparent_gives_its_trace_and_span(text: str) -> None:
+    assert parse_traceparent(text) == (TRACE, SPAN)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        TRACE,
+        f"ff-{TRACE}-{SPAN}-01",
+        f"00-{TRACE}-{SPAN}-01-more",
+        f"00-{TRACE.upper()}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE}-{SPAN}-01\n",
+    ],
+)
+def test_what_is_no_traceparent_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not 00-TRACE-SPAN-FLAGS"):
+        parse_traceparent(text)
