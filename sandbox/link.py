@@ -151,20 +151,16 @@ class Pending:
         Raises CallLost when the supervisor died, and what it says when it could not keep the record.
         """
         try:
-            message, fds = wire.receive(self.reply)
+            message, sections, fds = wire.receive_with_parts(self.reply)
         except ConnectionResetError:
-            message, fds = None, []
+            message, sections, fds = None, {}, []
+        for fd in fds:
+            os.close(fd)
         if message is None:
             raise CallLost("the supervisor died before the call ended; nothing is known about what the tool did")
         if message["ev"] == "error":
             raise _error(message)
-        try:
-            body = wire.read_memfd(fds[0])
-        finally:
-            for fd in fds:
-                os.close(fd)
-        layout: Any = message["sections"]
-        return {**message, "sections": {name: body[at : at + size] for name, (at, size) in layout.items()}}
+        return {**message, "sections": sections}
 
 
 def _error(message: Mapping[str, Any]) -> SandboxError:
@@ -278,27 +274,30 @@ class Link:
             ask[name] = data()
             ask.setdefault("new", []).append((name, key))
 
-    def submit(self, ask: Mapping[str, Any], fds: Mapping[str, int], ticket: Ticket) -> Pending:
+    def submit(
+        self, ask: Mapping[str, Any], request: bytes | None, fds: Mapping[str, int], ticket: Ticket
+    ) -> Pending:
         """Hand one call over. `ticket` goes with what is returned; `fds` stay the caller's to close.
 
         Raises NotHandedOver when the supervisor is gone: the message is one datagram, so it knows nothing of the call.
         """
-        self.facts()
+        if self._control is None:
+            self.facts()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ask_fd = wire.memfd("ask", json.dumps(ask).encode())
+        parts = {"ask": json.dumps(ask).encode()}
+        if request is not None:
+            parts["request"] = request
         try:
             with theirs:
-                names = {"reply": theirs.fileno(), "ask": ask_fd, **fds}
+                ends = {"reply": theirs.fileno(), **fds}
                 assert self._control is not None
-                wire.send(self._control, {"op": "call", "fds": list(names)}, list(names.values()))
+                wire.send_with_parts(self._control, {"op": "call", "fds": [*ends]}, parts, [*ends.values()])
             # Only now: whoever sends the key alone must come after whoever sent the data.
             if len(self._told) < TOLD_MAX:
                 self._told.update(tuple(pair) for pair in ask.get("new", ()))
         except OSError as error:
             ours.close()
             raise NotHandedOver(f"the supervisor is gone: {error}") from error
-        finally:
-            os.close(ask_fd)
         return Pending(ours, ticket)
 
     def close(self) -> None:

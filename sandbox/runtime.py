@@ -314,12 +314,15 @@ class Sandbox:
             link.include(ask, "plan", common[0], lambda: common[1])
         except Unenforceable as refusal:
             ask["refused"] = {"fault": "host", "message": refusal.message}
-            with link.submit(ask, {}, ticket) as pending:
+            with link.submit(ask, None, {}, ticket) as pending:
                 refusal.record = Record(json.loads(pending.take()["sections"]["record"]))
             raise
         secrets = prepare_secrets.values(job.resolved.manifest, self._secret_values)
-        with _memfds(request=job.request, stdin=job.input, secrets=secrets) as data_fds:
-            return link.submit(ask, {**data_fds, **fds}, ticket)
+        # What is large is not carried through the supervisor: it passes the file on.
+        is_large = job.request is not None and len(job.request) > REQUEST_INLINE_MAX_BYTES
+        request = job.request if is_large else None
+        with _memfds(request=request, stdin=job.input, secrets=secrets) as data_fds:
+            return link.submit(ask, None if is_large else job.request, {**data_fds, **fds}, ticket)
 
     def _wait(self, job: Job) -> Outcome:
         with self._submit(job, {}) as pending:
@@ -341,6 +344,7 @@ class Sandbox:
 
 
 PLANS_MAX = 256
+REQUEST_INLINE_MAX_BYTES = 16 * 1024
 
 
 def _common(plan: LaunchPlan) -> tuple[str, dict[str, Any]]:
@@ -396,7 +400,7 @@ class _memfds:  # noqa: N801 - a context manager used like a function
         self._fds: dict[str, int] = {}
         for name, data in contents.items():
             if data is not None:
-                self._fds[name] = _read_only(wire.memfd(name, data))
+                self._fds[name] = wire.read_only(wire.memfd(name, data))
 
     def __enter__(self) -> dict[str, int]:
         return self._fds
@@ -404,14 +408,6 @@ class _memfds:  # noqa: N801 - a context manager used like a function
     def __exit__(self, *exc: object) -> None:
         for fd in self._fds.values():
             os.close(fd)
-
-
-def _read_only(fd: int) -> int:
-    """The same memory file as a descriptor that cannot write; seals hold even where it is opened anew."""
-    try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(fd)
 
 
 async def _turn(slots: Slots) -> Ticket:

@@ -17,7 +17,7 @@ import sys
 
 from sandbox._jail import runner
 from sandbox._linux import process, syscalls, wire
-from sandbox._linux.batch import Batch, Buffer, slot
+from sandbox._linux.batch import Batch
 from sandbox._linux.inbox import Inbox
 
 TYPE_CHECKING = False
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 SITE = "/run/sandbox/site"
 RUNNER = "/run/sandbox/lib/sandbox/_jail/runner.py"
 _STREAMS = ("stdin", "stdout", "stderr")
-FDS = (*_STREAMS, "request", "result")
-# The message of a call whose environment and directory are its kind's.
-USUAL_GO = json.dumps({"op": "go", "fds": [*FDS], "call": None}, separators=(",", ":")).encode()
-REQUEST_BYTES = 64 * 1024
+FDS = (*_STREAMS, "result")
+# What the message of a call begins with whose environment and directory are its kind's; the request follows.
+USUAL_GO = json.dumps({"op": "go", "fds": [*FDS], "call": None}, separators=(",", ":")).encode() + b"\n"
 _RESULT = 3
 
 
@@ -41,16 +40,8 @@ class Seat:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.inbox = Inbox()
-        self._request = Buffer(bytes(REQUEST_BYTES))
-        self._request_bytes = slot()
-        self._reading = self._make_reading()
+        self._request = b""
         self.starting = self._make_starting(settings["cwd"])
-
-    def _make_reading(self) -> Batch:
-        batch = Batch()
-        args = (self.inbox.fd_argument(FDS.index("request")), self._request.address, REQUEST_BYTES, 0)
-        batch.add("pread64", syscalls.number("pread64"), *args, into=self._request_bytes)
-        return batch
 
     def _make_starting(self, cwd: str) -> Batch:
         batch = Batch()
@@ -72,12 +63,14 @@ class Seat:
         while True:
             self.inbox.waiting.run()
             text = self.inbox.text()
-            if text == USUAL_GO:
+            if text.startswith(USUAL_GO):
+                self._request = text[len(USUAL_GO) :]
                 return None
             if not text:
                 os._exit(0)
             message: dict[str, Any] = json.loads(text)
             if message["op"] == "go":
+                self._request = wire.read_memfd(self.inbox.fd(message["fds"].index("request")))
                 return self._special(message)
 
     def _special(self, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -90,10 +83,7 @@ class Seat:
 
     def request(self) -> bytes:
         """What to run, as the caller wrote it."""
-        self._reading.run()
-        if self._request_bytes.value < REQUEST_BYTES:
-            return self._request.get(self._request_bytes.value)
-        return wire.read_memfd(self.inbox.fd(FDS.index("request")))
+        return self._request
 
 
 def prepare() -> None:

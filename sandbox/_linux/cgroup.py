@@ -55,13 +55,14 @@ _WALK_GROUPS = 20_000
 class CallGroup:
     """One call's group in every tree in use. Made by `Tree.create`; `destroy` ends it."""
 
-    __slots__ = ("_v2_fd", "name", "v1", "v2")
+    __slots__ = ("_oom_fd", "_v2_fd", "name", "v1", "v2")
 
     def __init__(self, name: str, v2: str, v1: dict[str, str]) -> None:
         self.name = name
         self.v2 = v2
         self.v1 = v1
         self._v2_fd: int | None = cgroup_v2.open_directory(v2) if v2 else None
+        self._oom_fd: int | None = None
 
     def __repr__(self) -> str:
         return f"<CallGroup {self.name} v2={bool(self.v2)} v1={','.join(sorted(self.v1)) or '-'}>"
@@ -139,7 +140,15 @@ class CallGroup:
 
         None with v2 memory: there the kernel kills the whole group by itself (memory.oom.group).
         """
-        return cgroup_v1.open_oom_event(self.v1["memory"]) if "memory" in self.v1 else None
+        fd, self._oom_fd = self._oom_fd, None
+        if fd is None and "memory" in self.v1:
+            fd = cgroup_v1.open_oom_event(self.v1["memory"])
+        return fd
+
+    def prepare_oom_event(self) -> None:
+        """Have what `open_oom_event` will give."""
+        if self._oom_fd is None:
+            self._oom_fd = self.open_oom_event()
 
     def stats(self) -> dict[str, float | int]:
         """The counters of this call so far; what the host does not count is absent. Units are in the names."""
@@ -172,9 +181,10 @@ class CallGroup:
 
     def close(self) -> None:
         """Give the descriptor back without touching the groups."""
-        if self._v2_fd is not None:
-            os.close(self._v2_fd)
-            self._v2_fd = None
+        for fd in (self._v2_fd, self._oom_fd):
+            if fd is not None:
+                os.close(fd)
+        self._v2_fd = self._oom_fd = None
 
 
 # The file that shows that a v2 group has the controller.

@@ -11,17 +11,31 @@ import os
 import socket
 import struct
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 MESSAGE_MAX_BYTES = 128 * 1024
 # What is larger goes into a memory file.
 INLINE_MAX_BYTES = 32 * 1024
 FDS_MAX = 32
 _FD_BYTES = struct.calcsize("=i")
+_CONTROL_BYTES = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
+# Room for messages that nobody is receiving into: to map, clear and unmap it each time takes ten times as long as the
+# message. Whoever waits has taken his, so threads and signal handlers do not meet in one.
+_rooms: list[bytearray] = []
+_ROOMS_MAX = 4
 
 
-def send(sock: socket.socket, message: dict[str, object], fds: tuple[int, ...] | list[int] = ()) -> None:
+def send(sock: socket.socket, message: dict[str, object], fds: Sequence[int] = ()) -> None:
     """Send one message. Raises OSError (EPIPE, ECONNRESET) when the other side is gone."""
-    data = _encode(message).encode()
+    send_encoded(sock, _encode(message).encode(), fds)
+
+
+def send_encoded(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """As `send`, of a message that is bytes already."""
     if fds:
         socket.send_fds(sock, [data], list(fds))
     else:
@@ -30,18 +44,73 @@ def send(sock: socket.socket, message: dict[str, object], fds: tuple[int, ...] |
 
 def receive(sock: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
     """The next message and its descriptors (close-on-exec); (None, []) when the other side has closed."""
-    # Not socket.recv_fds: it takes flags and drops them (Python 3.11). What is not close-on-exec ends up in the tool.
-    space = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
-    data, control, flags, _ = sock.recvmsg(MESSAGE_MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    data, fds = receive_encoded(sock)
+    if not data:
+        return None, []
+    message: dict[str, object] = json.loads(data)
+    return message, fds
+
+
+def receive_encoded(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """As `receive`, without reading the message; empty at the end."""
+    try:
+        room = _rooms.pop()
+    except IndexError:
+        room = bytearray(MESSAGE_MAX_BYTES)
+    try:
+        # Not socket.recv_fds: it takes flags and drops them (Python 3.11). What is not close-on-exec ends up in the
+        # tool.
+        size, control, flags, _ = sock.recvmsg_into([room], _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+        data = bytes(memoryview(room)[:size])
+    finally:
+        if len(_rooms) < _ROOMS_MAX:
+            _rooms.append(room)
     fds = [fd for item in control for fd in _descriptors(*item)]
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for fd in fds:
             os.close(fd)
         raise OSError(90, "recvmsg: message truncated")
+    return data, fds
+
+
+def send_with_parts(
+    sock: socket.socket, message: dict[str, object], parts: Mapping[str, bytes], fds: Sequence[int] = ()
+) -> None:
+    """A message with bytes beside it, by name: behind it in the same datagram, or, if large, in a memory file."""
+    body = b"".join(parts.values())
+    is_inline = len(body) <= INLINE_MAX_BYTES
+    sizes = {name: len(data) for name, data in parts.items()}
+    head = _encode({**message, "parts": sizes, "inline": is_inline}).encode()
+    if is_inline:
+        # JSON has no line break of its own.
+        send_encoded(sock, head + b"\n" + body, fds)
+        return
+    fd = memfd("parts", body)
+    try:
+        send_encoded(sock, head, [*fds, fd])
+    finally:
+        os.close(fd)
+
+
+def receive_with_parts(sock: socket.socket) -> tuple[dict[str, object] | None, dict[str, bytes], list[int]]:
+    """The next message of `send_with_parts` or `send`, its parts and its descriptors; (None, {}, []) at the end."""
+    data, fds = receive_encoded(sock)
     if not data:
-        return None, []
-    message: dict[str, object] = json.loads(data)
-    return message, fds
+        return None, {}, []
+    head, _, body = data.partition(b"\n")
+    message: dict[str, Any] = json.loads(head)
+    sizes: dict[str, int] = message.pop("parts", {})
+    if not message.pop("inline", True):
+        fd = fds.pop()
+        try:
+            body = read_memfd(fd)
+        finally:
+            os.close(fd)
+    parts, at = {}, 0
+    for name, size in sizes.items():
+        parts[name] = body[at : at + size]
+        at += size
+    return message, parts, fds
 
 
 def _descriptors(level: int, kind: int, data: bytes) -> tuple[int, ...]:
@@ -60,6 +129,14 @@ def memfd(name: str, data: bytes) -> int:
     os.lseek(fd, 0, os.SEEK_SET)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return fd
+
+
+def read_only(fd: int) -> int:
+    """The same memory file as a descriptor that cannot write; closes `fd`. Seals hold even where it is opened anew."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
 
 
 def read_memfd(fd: int) -> bytes:

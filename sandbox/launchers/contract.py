@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from sandbox._linux import cgroup
 from sandbox.plan import LaunchPlan
@@ -91,17 +91,6 @@ class Container(Protocol):
 
     def close(self) -> None:
         """Give back everything; what still runs inside is killed."""
-
-
-@runtime_checkable
-class EndsAtReply(Protocol):
-    """A container whose one process is a function: it has nothing left to do once it has written its reply."""
-
-    def end_at_reply(self) -> dict[str, float | int]:
-        """Kill it. Its counters when it was the only task inside: then `gone` is set, though it may still be dying.
-
-        Empty when there were others, or when nobody counts: then `gone` comes when all of it is.
-        """
 
 
 @dataclass(frozen=True)

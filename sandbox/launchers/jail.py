@@ -26,7 +26,10 @@ _OUT_OF_THE_WAY = Path("/sys/kernel")
 DEATH_TIMEOUT_S = 10.0
 # What a call's record takes from its group.
 _COUNTED = {"pids_current", "memory_peak_bytes", "cpu_usage_s", "cpu_user_s", "cpu_system_s"}
-STREAMS = ("stdin", "stdout", "stderr", "request", "result")
+STREAMS = ("stdin", "stdout", "stderr", "result", "request")
+# How a parked function is told to take its call: see `_jail.function.USUAL_GO`, which is compared with this.
+_USUAL_STREAMS = ("stdin", "stdout", "stderr", "result")
+USUAL_GO = json.dumps({"op": "go", "fds": _USUAL_STREAMS, "call": None}, separators=(",", ":")).encode() + b"\n"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -142,6 +145,8 @@ class Jail:
         self.on_end: Callable[[], None] | None = None
         self.on_closed: Callable[[Jail], None] | None = None
         self._settled: list[Callable[[], None]] = []
+        # Streams opened ahead of the call, by name: our end and the tool's.
+        self._streams: dict[str, tuple[int, int]] = {}
         self._pid = -1
         self._status: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
@@ -205,23 +210,49 @@ class Jail:
                     ends[f"procs{index}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
                     stack.callback(os.close, ends[f"procs{index}"])
             ends["status"] = theirs.fileno()
-            self._loop.add_reader(self._status, self._on_status)
+            self._loop.add_reader(self._status.fileno(), self._on_status)
             launch(message, ends)
 
-    def open_output(self, name: str) -> tuple[int, int]:  # noqa: ARG002 - every stream is a pipe of ours
+    def prepare(self) -> None:
+        """Open what its call will need, before that comes: its streams, and word of running out of memory."""
+        for name in ("stdout", "stderr", "result"):
+            if name not in self._streams:
+                self._streams[name] = self._open_pipe(name)
+        if self.group is not None:
+            self.group.prepare_oom_event()
+
+    def open_output(self, name: str) -> tuple[int, int]:
         """(the end to read, the end to pass to `go`) of one of the tool's streams."""
-        return os.pipe2(os.O_CLOEXEC)
+        return self._streams.pop(name, None) or self._open_pipe(name)
+
+    def _open_pipe(self, name: str) -> tuple[int, int]:
+        """Let the tool open its own pipes anew by /dev/stdout and /dev/stderr, as shells do.
+
+        Opening /proc/self/fd/N goes by the pipe's owner and mode (0600). A pipe that is read by its own writer harms
+        nobody but him.
+        """
+        ends = os.pipe2(os.O_CLOEXEC)
+        if self.host_uid is not None and name != "result":
+            os.fchown(ends[1], self.host_uid, self.host_uid)
+        return ends
+
+    def is_usual(self, call: Mapping[str, object]) -> bool:
+        """Whether its template has prepared it for this environment and directory: then `go` may take a `request`."""
+        return self.usual is not None and self.usual == (call["env"], call["cwd"])
 
     def go(self, call: Mapping[str, object], fds: Mapping[str, int]) -> None:
         """Start the tool: `call` holds argv, env and cwd, `fds` its streams, which stay the caller's to close."""
         assert self._status is not None
-        self._own_streams(fds)
-        names = {name: fds[name] for name in STREAMS if name in fds}
-        if self.usual is not None and self.usual == (call["env"], call["cwd"]):
-            # A parked function knows them, and takes this very message with next to no work.
+        if self.host_uid is not None and "stdin" in fds and stat.S_ISFIFO(os.fstat(fds["stdin"]).st_mode):
+            os.fchown(fds["stdin"], self.host_uid, self.host_uid)  # see `_open_pipe`
+        if "request" in call:
+            # A parked function knows the rest, and takes this very message with next to no work.
+            request = call["request"]
+            assert isinstance(request, bytes)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                wire.send(self._status, {"op": "go", "fds": list(names), "call": None}, list(names.values()))
+                wire.send_encoded(self._status, USUAL_GO + request, [fds[name] for name in _USUAL_STREAMS])
             return
+        names = {name: fds[name] for name in STREAMS if name in fds}
         data = json.dumps(call).encode()
         with contextlib.ExitStack() as stack:
             if len(data) > wire.INLINE_MAX_BYTES:
@@ -231,16 +262,6 @@ class Jail:
             # Fails when the jail has ended; its end is what the caller will see.
             stack.enter_context(contextlib.suppress(BrokenPipeError, ConnectionResetError))
             wire.send(self._status, {"op": "go", "fds": list(names), "call": call}, list(names.values()))
-
-    def _own_streams(self, fds: Mapping[str, int]) -> None:
-        """Let the tool open its own pipes anew by /dev/stdin, /dev/stdout and /dev/stderr, as shells do.
-
-        Opening /proc/self/fd/N goes by the pipe's owner and mode (0600). A pipe that is read by its own writer harms
-        nobody but him.
-        """
-        for name in ("stdin", "stdout", "stderr"):
-            if self.host_uid is not None and name in fds and stat.S_ISFIFO(os.fstat(fds[name]).st_mode):
-                os.fchown(fds[name], self.host_uid, self.host_uid)
 
     def signal(self, number: int) -> None:
         """Have pid 1 send a signal to the tool's process group."""
@@ -258,7 +279,11 @@ class Jail:
             self.group.kill(timeout_s=0)
 
     def end_at_reply(self) -> dict[str, float | int]:
-        """See `contract.EndsAtReply`."""
+        """End a function that has written its reply: its one process has nothing left to do.
+
+        Its counters when it was the only task inside: then `gone` is set, though it may still be dying. Empty when
+        there were others, or when nobody counts: then `gone` comes when all of it is.
+        """
         if self.usual is None or self.group is None or "pidfd" not in self.fds:
             return {}
         # First: a task with SIGKILL pending does not get back to its own code, so what is counted now is all.
@@ -280,7 +305,7 @@ class Jail:
         except ConnectionResetError:
             message, fds = None, []
         if message is None:
-            self._loop.remove_reader(self._status)
+            self._loop.remove_reader(self._status.fileno())
             self._end()
             return
         self._note(message, fds)
@@ -338,7 +363,7 @@ class Jail:
             self.group.kill()
         if self._status is None:
             return
-        self._loop.remove_reader(self._status)
+        self._loop.remove_reader(self._status.fileno())
         # What pid 1 said last may still be queued behind the event that ended the wait.
         with contextlib.suppress(BlockingIOError, ConnectionResetError):
             while True:
@@ -356,12 +381,13 @@ class Jail:
         self.is_closed = True
         if self._status is not None:
             self.kill()
-            self._loop.remove_reader(self._status)
+            self._loop.remove_reader(self._status.fileno())
             self._status.close()
             self._status = None
-        for fd in self.fds.values():
+        for fd in (*self.fds.values(), *(end for ends in self._streams.values() for end in ends)):
             os.close(fd)
         self.fds.clear()
+        self._streams.clear()
         if self.group is not None:
             self.bury(self.group)
             self.group = None

@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sandbox.launchers.contract import Container, EndsAtReply
+from sandbox._linux import wire
+from sandbox.launchers.contract import Container
+from sandbox.launchers.jail import Jail
 from sandbox.outcome import Seen
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
@@ -41,6 +43,8 @@ class Call:
         self.plan = plan
         self.fds = fds
         self.jail = jail
+        # What a function call runs, unless it is so large that it came as a file.
+        self.request: bytes | None = None
         self.stopped = ""
         self.exit: dict[str, Any] = {}
         self.exec_errno = 0
@@ -131,8 +135,9 @@ class Call:
             self.egress.attach(self.jail.fds, self.fds)
         ends: dict[str, int] = {}
         with contextlib.ExitStack() as stack:
+            is_function = self.request is not None or "request" in self.fds
             for name in ("stdout", "stderr", "result"):
-                if (name == "result" and "request" not in self.fds) or (self.plan.tty and name != "result"):
+                if (name == "result" and not is_function) or (self.plan.tty and name != "result"):
                     continue
                 read_end, far_end = self.jail.open_output(name)
                 if far_end >= 0:
@@ -143,20 +148,26 @@ class Call:
                 if name in self.fds:
                     ends[name] = self.fds.pop(name)
                     stack.callback(os.close, ends[name])
-            if not self.plan.tty and "stdin" not in ends:
+            plan = self.plan
+            call: dict[str, Any] = {"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}
+            if self.request is not None and isinstance(self.jail, Jail) and self.jail.is_usual(call):
+                call["request"] = self.request
+            elif self.request is not None:
+                ends["request"] = wire.read_only(wire.memfd("request", self.request))
+                stack.callback(os.close, ends["request"])
+            if not plan.tty and "stdin" not in ends:
                 ends["stdin"] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, ends["stdin"])
-            plan = self.plan
             if "result" in self.pumps and not plan.gpu and plan.egress is None:
                 self.pumps["result"].on_done = self._on_reply
-            self.jail.go({"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}, ends)
+            self.jail.go(call, ends)
         if plan.tty and "terminal" in self.jail.fds:
             self._carry_terminal()
 
     def _on_reply(self) -> None:
         """The function has returned and closed its reply: that is its end, and there is nothing to wait for."""
         status = reply_status(self.pumps["result"].kept)
-        if self.stopped or status is None or self.jail.gone.is_set() or not isinstance(self.jail, EndsAtReply):
+        if self.stopped or status is None or self.jail.gone.is_set() or not isinstance(self.jail, Jail):
             return
         self.final_stats = self.jail.end_at_reply()
         self.reply_status = status

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from dataclasses import dataclass, field, replace
@@ -105,19 +104,7 @@ async def close_and_answer(
     if durability == "fsync":
         await asyncio.to_thread(chain.sync)
     sections = {"record": appended.line, **gathered.sections}
-    layout: dict[str, list[int]] = {}
-    body = bytearray()
-    for name, data in sections.items():
-        layout[name] = [len(body), len(data)]
-        body += data
-    fd = wire.memfd("outcome", bytes(body))
-    try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            # Nobody waits any more when this fails; the record is written all the same.
-            wire.send(
-                reply,
-                {"ev": "outcome", "ending": gathered.closing.ending, "sections": layout, **gathered.extra},
-                [fd],
-            )
-    finally:
-        os.close(fd)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        # Nobody waits any more when this fails; the record is written all the same.
+        message = {"ev": "outcome", "ending": gathered.closing.ending, **gathered.extra}
+        wire.send_with_parts(reply, message, sections)

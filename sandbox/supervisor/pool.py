@@ -44,6 +44,12 @@ class Pool:
             self._timer = asyncio.get_running_loop().call_later(IDLE_S / 2, self._shrink)
         return shelf.take()
 
+    def answered(self, kind: str) -> None:
+        """A call of this kind has had its answer: what it took may be replaced without being in its way."""
+        shelf = self._shelves.get(kind)
+        if shelf is not None:
+            shelf.answered()
+
     def make(self, plan: LaunchPlan) -> Container:
         """A jail of a builder's making, whatever stands on a shelf. Raises OSError or LauncherUnavailable."""
         return self.launcher.make(self.launcher.kind(plan))

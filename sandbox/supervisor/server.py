@@ -17,7 +17,6 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,9 +120,10 @@ class Supervisor:
             self._closing.set()  # the caller went away while we started
         finally:
             os.close(facts)
-        loop.add_reader(self._control, self._on_control)
+        # By number: for a socket asyncio makes the text of an error that nobody sees, with four system calls.
+        loop.add_reader(self._control.fileno(), self._on_control)
         await self._closing.wait()
-        loop.remove_reader(self._control)
+        loop.remove_reader(self._control.fileno())
         await self._stop_all()
 
     async def _stop_all(self) -> None:
@@ -139,28 +139,28 @@ class Supervisor:
         self.chain.close()
 
     def _on_control(self) -> None:
-        while True:
-            try:
-                message, fds = wire.receive(self._control)
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                message, fds = None, []
-            if message is None:
-                self._closing.set()
-                return
-            names = message["fds"]
-            assert isinstance(names, list)
-            task = asyncio.get_running_loop().create_task(self._serve_call(dict(zip(names, fds, strict=True))))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        # One message at a time: if there are more, the loop comes back.
+        try:
+            message, parts, fds = wire.receive_with_parts(self._control)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message, parts, fds = None, {}, []
+        if message is None:
+            self._closing.set()
+            return
+        names = message["fds"]
+        assert isinstance(names, list)
+        task = asyncio.get_running_loop().create_task(self._serve_call(parts, dict(zip(names, fds, strict=True))))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _serve_call(self, fds: dict[str, int]) -> None:
-        reply = socket.socket(fileno=fds.pop("reply"))
+    async def _serve_call(self, parts: dict[str, bytes], fds: dict[str, int]) -> None:
+        reply = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fds.pop("reply"))
         reply.setblocking(False)
         try:
-            with _claimed(fds, "ask") as ask_fd:
-                ask = json.loads(wire.read_memfd(ask_fd))
+            ask = json.loads(parts["ask"])
+            ask["request"] = parts.get("request")
             try:
                 await self._run_call(reply, self._completed(ask), fds)
             except SandboxError as error:
@@ -234,6 +234,7 @@ class Supervisor:
         call: Call | None = None
         gpu: CallGpu | None = None
         pool: Pool | None = None
+        kind = ""
         try:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
             gpu = await self._gpus.open_call(call_id, plan)
@@ -244,6 +245,7 @@ class Supervisor:
             owned = dict(fds)
             fds.clear()
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
+            call.request = ask["request"]
             if is_poolable(plan):
                 call.another = functools.partial(pool.make, plan)
             if plan.egress is not None:
@@ -260,6 +262,8 @@ class Supervisor:
             closing = await finish.gather(ending, started, call, work, own_user_namespace=own)
             await finish.close_and_answer(self.chain, reply, opened, closing, ask["durability"])
         finally:
+            if pool is not None:
+                pool.answered(kind)
             self._calls.pop(call_id, None)
             work.close()
             if gpu is not None:
@@ -286,13 +290,13 @@ class Supervisor:
 
     async def _run_launched(self, call: Call, reply: socket.socket, plan: LaunchPlan) -> Ending:
         loop = asyncio.get_running_loop()
-        loop.add_reader(reply, self._on_reply, reply, call)
+        loop.add_reader(reply.fileno(), self._on_reply, reply, call)
         wall_time = plan.limit("wall_time")
         timeout_s = float(wall_time.applied) if wall_time and wall_time.applied else None
         try:
             seen = await call.run(timeout_s)
         finally:
-            loop.remove_reader(reply)
+            loop.remove_reader(reply.fileno())
         return classify(seen)
 
     def _on_reply(self, reply: socket.socket, call: Call) -> None:
@@ -303,7 +307,7 @@ class Supervisor:
         except ConnectionResetError:
             message = None
         if message is None:
-            asyncio.get_running_loop().remove_reader(reply)
+            asyncio.get_running_loop().remove_reader(reply.fileno())
             call.stop("caller")
         elif message["op"] == "signal":
             call.signal(int(str(message["number"])))
@@ -335,15 +339,6 @@ def _plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "seccomp": plan.seccomp,
         "notes": plan.notes,
     }
-
-
-@contextlib.contextmanager
-def _claimed(fds: dict[str, int], name: str) -> Iterator[int]:
-    fd = fds.pop(name)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _answer_error(reply: socket.socket, error: SandboxError) -> None:

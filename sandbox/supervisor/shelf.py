@@ -23,8 +23,10 @@ from sandbox.supervisor.maker import Kind, Maker
 
 STANDBYS_MAX = 8
 TEMPLATE_TIMEOUT_S = 60.0
-# Refilling starts a little after the call that took the standby, so that it does not compete with it.
-REFILL_DELAY_S = 0.002
+# Refilling starts when the call that took the standby has been answered, and its caller has had time to take the
+# answer: until then they would compete. Of a call that takes longer the end is not waited for.
+REFILL_DELAY_S = 0.01
+ANSWERED_DELAY_S = 0.0005
 RETRY_S = 0.25
 RETRY_MAX_S = 60.0
 LOST_MAX = 3
@@ -92,8 +94,7 @@ class Shelf:
         """A standby, or else a jail that is made now. Raises OSError or LauncherUnavailable."""
         self.used_at = time.monotonic()
         self._taken += 1
-        if self._refill_timer is None:
-            self._refill_timer = self._loop.call_later(REFILL_DELAY_S, self._refill)
+        self._refill_in(REFILL_DELAY_S)
         while self._parked:
             jail = self._parked.popleft()
             if jail.is_usable():
@@ -106,6 +107,20 @@ class Shelf:
             except OSError:
                 self._template_failed(self._template)
         return self._launcher.make(self.kind)
+
+    def answered(self) -> None:
+        """A call that was given a jail from here has had its answer."""
+        if not self._is_closed:
+            self._refill_in(ANSWERED_DELAY_S)
+
+    def _refill_in(self, delay_s: float) -> None:
+        """Refill then, or sooner if that is intended already; after a failure no sooner than is intended."""
+        if self._refill_timer is not None:
+            now = self._loop.time()
+            if self._refill_timer.when() <= now + delay_s or now < self._not_before:
+                return
+            self._refill_timer.cancel()
+        self._refill_timer = self._loop.call_later(delay_s, self._refill)
 
     def shrink(self) -> None:
         """Keep no more standbys than there were calls since the last look."""
@@ -128,7 +143,12 @@ class Shelf:
     def _refill(self) -> None:
         """One at a time, each started when the last is sealed, so that refilling does not crowd out calls."""
         self._refill_timer = None
-        if self._is_closed or self._is_making or len(self._parked) >= self._wanted:
+        if self._is_closed or self._is_making:
+            return
+        if self._parked and isinstance(self._parked[0], Jail) and self._parked[0].steps_applied:
+            # The next to be taken. Not all of them: each would hold seven descriptors more.
+            self._parked[0].prepare()
+        if len(self._parked) >= self._wanted:
             return
         try:
             if self._maker is not None and self._template is None and time.monotonic() >= self._not_before:
