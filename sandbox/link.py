@@ -274,9 +274,7 @@ class Link:
             ask[name] = data()
             ask.setdefault("new", []).append((name, key))
 
-    def submit(
-        self, ask: Mapping[str, Any], request: bytes | None, fds: Mapping[str, int], ticket: Ticket
-    ) -> Pending:
+    def submit(self, ask: Mapping[str, Any], request: bytes | None, fds: Mapping[str, int], ticket: Ticket) -> Pending:
         """Hand one call over. `ticket` goes with what is returned; `fds` stay the caller's to close.
 
         Raises NotHandedOver when the supervisor is gone: the message is one datagram, so it knows nothing of the call.
