@@ -22,6 +22,7 @@ bench: venv ## what a call costs here, beside other sandboxes (bench/install-pee
 
 test: venv ## all tests; as root also the user-mode ones as an ordinary user
 	@scripts/need ssh-keygen git gcc make >/dev/null
+	@scripts/need nsjail >/dev/null || echo "nsjail is missing: its tests are skipped, by name"
 	.venv/bin/python -m pytest -n 2 --dist loadscope tests
 	@if [ "$$(id -u)" = 0 ]; then $(MAKE) --no-print-directory test-user; fi
 

@@ -40,8 +40,17 @@ def controls(_facts: HostFacts) -> dict[str, Control]:
     return dict(_ROWS)
 
 
-def obstacle(_runtime: str, facts: HostFacts) -> tuple[str, str]:
+# gVisor and Kata read the files through a process of their own, from mounts as they were when the container was made.
+_OWN_KERNEL: Final = (
+    "a kernel of its own does not see what is mounted into its container from outside: private places of a size, "
+    "granted files checked by inode, denials and the gateway's sockets"
+)
+
+
+def obstacle(runtime: str, facts: HostFacts) -> tuple[str, str]:
     """Why it will not do on this host, as far as can be told without a daemon, and what would help."""
+    if runtime in ("runsc", "kata"):
+        return _OWN_KERNEL, "use the launcher oci with runsc: isolation.launcher = 'oci', isolation.runtime = 'runsc'"
     if facts.is_root_like:
         return "", ""
     reason = "private places and the gateway's sockets are put into a container from outside, which takes root"

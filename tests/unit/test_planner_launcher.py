@@ -67,12 +67,17 @@ def test_a_stronger_wall_is_refused_naming_what_is_missing_and_taken_when_it_is_
     assert "runsc" in error.controls["isolation"]
     assert "not installed" in error.controls["isolation"]
     assert "gvisor.dev" in error.hint
-    plan = planned(wanted, runtimes=("runsc",))
-    assert (plan.launcher, plan.isolation["runtime"], plan.isolation["grade"]) == (
-        "docker",
-        "runsc",
-        "userspace-kernel",
-    )
+    plan = planned({"minimum": "userspace-kernel", "best_effort": ["pids"]}, runtimes=("runsc",))
+    assert (plan.launcher, plan.isolation["runtime"], plan.isolation["grade"]) == ("oci", "runsc", "userspace-kernel")
+
+
+@pytest.mark.parametrize("runtime", ["runsc", "kata"])
+def test_docker_with_a_kernel_of_its_own_inside_is_refused_naming_what_that_would_not_see(runtime: str) -> None:
+    error = refused({**IMAGE, "runtime": runtime}, runtimes=("runsc", "kata-runtime"))
+    assert "does not see what is mounted into its container" in error.controls["launcher"]
+    assert "isolation.runtime = 'runsc'" in error.hint
+    assert "not installed" in refused({**IMAGE, "runtime": runtime}).controls["launcher"]
+    assert planned({**IMAGE, "runtime": "runc"}, runtimes=("runc",)).isolation["runtime"] == "runc"
 
 
 def test_a_microvm_is_not_had_from_a_userspace_kernel() -> None:
