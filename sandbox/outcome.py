@@ -6,12 +6,14 @@ itself. A run returns an `Outcome` for whatever a tool can cause; `unwrap` turns
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.errors import CallLost, CallTimeout, Denied, LaunchError, LimitExceeded, Revoked, ToolFailed
+from sandbox.units import format_size, format_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Seen:
     `exit_status`: the tool's wait status, None when pid 1 never reported one. `stopped`: why the supervisor ended
     the call (`wall_time`, `output`, `memory`, `cpu_time`, `network`, `gateway`, `gpu` without a grant, `gpu_lost:NAME`,
     a limit of its GPU, `caller`, `killed`, `revoked`), if it did. `step_failed`: the launch step that failed with its
-    errno. `exec_errno`: the program could not be executed.
+    errno. `exec_errno`: the program could not be executed, or `exec_directory`, where it starts, not be entered.
     """
 
     exit_status: int | None = None
@@ -56,6 +58,7 @@ class Seen:
     step_message: str = ""
     is_bug: bool = False
     exec_errno: int = 0
+    exec_directory: str = ""
     oom_kills: int = 0
 
 
@@ -104,7 +107,11 @@ def classify(seen: Seen) -> Ending:
         return Ending("limit:cpu_time", "tool", code, number, message=_LIMIT_TEXT["cpu_time"])
     if seen.exec_errno:
         code = 126 if seen.exec_errno in (13, 8, 20, 21, 40) else 127
-        return Ending("tool_error", "tool", code, error_type="OSError", message="the program cannot be executed")
+        if seen.exec_directory:
+            message = f"it cannot start in {seen.exec_directory!r}: {os.strerror(seen.exec_errno)}"
+        else:
+            message = "the program cannot be executed" if code == 126 else "there is no such program inside"
+        return Ending("tool_error", "tool", code, error_type="OSError", message=message)
     if code == 0:
         return Ending("ok", "tool", code)
     return Ending("tool_error", "tool", code, number)
@@ -173,16 +180,30 @@ class Outcome:
     def __repr__(self) -> str:
         record_id = getattr(self.record, "record_id", "-")
         out = f"stdout={len(self.stdout)}B stderr={len(self.stderr)}B"
-        return f"<Outcome {self.ending.kind} exit={self.exit_code} fault={self.ending.fault} {out} record={record_id}>"
+        fault = "" if self.ok else f" fault={self.ending.fault}"
+        return f"<Outcome {self.ending.kind} exit={self.exit_code}{fault} {out} record={record_id}>"
+
+
+def _applied(record: Any, limit: str) -> str:
+    """What the limit was, by the manifest's name for it."""
+    control = record.enforcement.get(limit) if record is not None else None
+    amount = control.requested if control is not None else None
+    if not isinstance(amount, int | float):
+        return ""
+    text = format_time(amount) if limit.endswith("_time") else format_size(int(amount))
+    return f"the limit is resources.{limit} = {text}"
 
 
 def _error(outcome: Outcome) -> Exception:
     ending, record = outcome.ending, outcome.record
     kind, message = ending.kind, ending.message
     if kind == "limit:wall_time":
-        return CallTimeout(message, limit="wall_time", record=record, outcome=outcome)
+        return CallTimeout(
+            message, limit="wall_time", hint=_applied(record, "wall_time"), record=record, outcome=outcome
+        )
     if kind.startswith("limit:"):
-        return LimitExceeded(message, limit=kind.partition(":")[2], record=record, outcome=outcome)
+        limit = kind.partition(":")[2]
+        return LimitExceeded(message, limit=limit, hint=_applied(record, limit), record=record, outcome=outcome)
     if kind == "denied":
         return Denied(message, record=record, outcome=outcome)
     if kind in ("revoked", "killed"):

@@ -379,8 +379,8 @@ def _check_program(argv: Sequence[str], env: Mapping[str, str], cwd: str, collec
     for name, value in env.items():
         if not _is_text(name) or not name or "=" in name or not _is_text(value):
             raise ManifestError(f"the variable {name!r} cannot be passed: no NUL, and no '=' in its name", where="env")
-    if not _is_text(cwd):
-        raise ManifestError(f"{cwd!r} is not a path", where="cwd")
+    if not _is_text(cwd) or (cwd and not cwd.startswith("/")):
+        raise ManifestError(f"{cwd!r} is not an absolute path inside, such as /workspace/sub", where="cwd")
     if collect:
         from sandbox.workspace.collect import parse_pattern
 

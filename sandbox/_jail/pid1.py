@@ -105,13 +105,16 @@ def _start_tool(launch: Launch) -> int:
     os.umask(0o022)
     # All are already, one by one. A single one that is not would put the status channel into the tool's hands.
     syscalls.close_range(_STDIO_MAX + 1, 0xFFFFFFFF, syscalls.CLOSE_RANGE_CLOEXEC)
+    directory = str(launch.call["cwd"])
     try:
-        os.chdir(launch.call["cwd"])
+        os.chdir(directory)
+        directory = ""
         pid = _fork_on_terminal(launch) if "terminal" in launch.fds else _spawn(launch)
     except (OSError, ValueError) as error:
         # ValueError: a name or a text that the kernel never gets to see, such as an empty program.
         number = error.errno if isinstance(error, OSError) else errno.EINVAL
-        wire.send(launch.status, {"ev": "exec_failed", "errno": number or errno.EIO})
+        # `directory`: it was not the program but where it was to start.
+        wire.send(launch.status, {"ev": "exec_failed", "errno": number or errno.EIO, "directory": directory})
         pid = _failed_child()
     else:
         wire.send(launch.status, {"ev": "executed"})

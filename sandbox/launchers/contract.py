@@ -46,7 +46,8 @@ class Container(Protocol):
     of the record's isolation: a container's id, an image's digest) go into the record. `failure` is
     empty, or says which step failed: `step`, `errno`, `message`, and `bug` when it is ours. `ready` is set when it is
     sealed or has failed, `gone` when it has ended. `on_event` is told what happens inside: `executed`,
-    `exec_failed` (errno), `exit` (wait_status, user_s, system_s, maxrss_bytes).
+    `exec_failed` (errno, and directory where that is what cannot be entered), `exit` (wait_status, user_s, system_s,
+    maxrss_bytes).
     """
 
     name: str

@@ -48,6 +48,7 @@ class Call:
         self.stopped = ""
         self.exit: dict[str, Any] = {}
         self.exec_errno = 0
+        self.exec_directory = ""
         # A function's ending as its reply says it, and whether the jail was still dying when that was told.
         self.reply_status: int | None = None
         self.is_dying = False
@@ -187,6 +188,7 @@ class Call:
             os.close(self.fds.pop("started"))
         elif message["ev"] == "exec_failed":
             self.exec_errno = message["errno"]
+            self.exec_directory = message.get("directory", "")
         elif message["ev"] == "exit" or (message["ev"] == "gone" and "user_s" in message):
             self.exit = message
 
@@ -281,6 +283,7 @@ class Call:
             step_message=self.jail.failure.get("message", ""),
             is_bug=bool(self.jail.failure.get("bug")),
             exec_errno=self.exec_errno,
+            exec_directory=self.exec_directory,
             oom_kills=int(stats.get("oom_kills", 0)),
         )
 

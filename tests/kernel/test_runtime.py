@@ -94,6 +94,11 @@ def test_run_passes_input_environment_and_directory(box: Sandbox) -> None:
     assert box.run(["printenv", "GIVEN"]).exit_code == 1
     assert box.run(["pwd"], cwd="/tmp").text == "/tmp\n"
     assert box.run(["pwd"]).text == "/workspace\n"
+    for cwd, code, why in (("/none", 127, "No such file or directory"), ("/etc/passwd", 126, "Not a directory")):
+        ending = box.run(["pwd"], cwd=cwd).ending
+        assert (ending.exit_code, ending.message) == (code, f"it cannot start in {cwd!r}: {why}")
+    with pytest.raises(ManifestError, match="cwd: 'sub' is not an absolute path inside"):
+        box.run(["pwd"], cwd="sub")
 
 
 def test_overrides_of_one_call_hold_for_that_call_alone(box: Sandbox) -> None:
@@ -118,6 +123,7 @@ def test_a_program_that_is_not_there_or_not_executable_is_the_tools_error(box: S
         done = box.run(argv)
         assert (done.exit_code, done.ending.kind, done.ending.fault) == (code, "tool_error", "tool"), argv
     assert box.run(["sh", "-c", "no-such-program"]).exit_code == 127
+    assert box.run(["/no/such"]).ending.message == "there is no such program inside"
 
 
 def test_wrong_arguments_raise_before_anything_runs(box: Sandbox, mark: str) -> None:
