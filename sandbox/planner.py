@@ -191,6 +191,7 @@ def _image_steps(choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest
         Step("scratch", "view", _scratch(manifest, call)),
         Step("system_view", "view", {"runtime_files": runtime_files}),
         *_granted_steps(manifest, call, around),
+        *((Step("terminals", "view", _terminal(call, around)),) if call.tty else ()),
     )
     sealed = (
         Step("hostname", "view", {"name": HOSTNAME}),
@@ -452,11 +453,10 @@ def _writable_trees(manifest: Manifest, call: CallSpec) -> list[str]:
 def _call_steps(
     manifest: Manifest, call: CallSpec, facts: HostFacts, around: Surroundings, limits: tuple[Limit, ...]
 ) -> tuple[Step, ...]:
-    terminal = {"tty": call.tty, "rows": around.terminal_rows, "columns": around.terminal_columns}
     steps = [
         *((Step("scratch", "call", _scratch(manifest, call)),) if _is_general(manifest, call, around) else ()),
         Step("proc", "call", _proc(manifest)),
-        Step("terminals", "call", terminal),
+        Step("terminals", "call", _terminal(call, around)),
         Step("namespaces", "call"),
         Step("user_limits", "call", dict(USER_LIMITS)),
         Step("queues", "call"),
@@ -474,6 +474,10 @@ def _call_steps(
     # Open files are limited when nothing is opened any more: the steps themselves may need more than the tool.
     steps += [Step("close_fds", "call"), Step("rlimits", "call", _rlimits(manifest, limits)), Step("seccomp", "call")]
     return tuple(steps)
+
+
+def _terminal(call: CallSpec, around: Surroundings) -> dict[str, Any]:
+    return {"tty": call.tty, "rows": around.terminal_rows, "columns": around.terminal_columns}
 
 
 def _proc(manifest: Manifest) -> dict[str, Any]:

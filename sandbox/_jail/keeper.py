@@ -12,9 +12,12 @@ Source: setns(2), pid_namespaces(7), pidfd_open(2).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
+import termios
 
 from sandbox._jail import cover, egress, inside, places, view
 from sandbox._jail.launch import Launch, report_failure
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 _NAMESPACES = (("net", syscalls.CLONE_NEWNET), ("pid", syscalls.CLONE_NEWPID), ("mnt", syscalls.CLONE_NEWNS))
 # The container's own tree, as seen by whoever has entered it; never empty, so that it can be opened.
 _ROOT = "/."
+# Python 3.11 has no names for them (asm-generic/ioctls.h): the lock of a new terminal's other end, and its number.
+_TIOCSPTLCK = 0x40045431
+_TIOCGPTN = 0x80045430
 
 
 class Entry(Launch):
@@ -183,9 +189,28 @@ def _scratch(launch: Launch, args: dict[str, Any]) -> None:
     batch.run()
 
 
+def _open_terminal(launch: Launch, args: dict[str, Any]) -> None:
+    """A pseudo-terminal of the container's own: its master goes out, the other end is the tool's by name and owner.
+
+    The other end is not opened here: closing it again would be an end to whoever reads the master (pty(7)).
+    """
+    master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
+        (number,) = struct.unpack("I", fcntl.ioctl(master, _TIOCGPTN, bytes(4)))
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", args["rows"], args["columns"], 0, 0))
+        path = f"/dev/pts/{number}"
+        # Nothing of the tool's runs in there yet, and the directory holds terminals alone.
+        os.chown(path, launch.owner, -1)
+        os.chmod(path, 0o600)
+        wire.send(launch.status, {"ev": "terminal", "path": path, "fds": ["terminal"]}, [master])
+    finally:
+        os.close(master)
+
+
 _ENGINES_OWN = ("container", "namespaces", "hostname", "rlimits", "proc", "capabilities", "no_new_privs", "seccomp")
 _ALL = (*_ENGINES_OWN, "etc_files", "scratch", "system_view", "grants", "workspace", "inner_grants", "deny")
-OUTSIDE = dict.fromkeys(_ALL, _nothing) | {
+OUTSIDE = dict.fromkeys((*_ALL, "terminals"), _nothing) | {
     "grants": _open_grants,
     "inner_grants": _open_grants,
     "workspace": _open_workspace,
@@ -196,5 +221,6 @@ INSIDE = dict.fromkeys(_ALL, _nothing) | {
     "inner_grants": _attach_grants,
     "workspace": _attach_workspace,
     "deny": cover.deny,
+    "terminals": _open_terminal,
     "egress": egress.egress,
 }

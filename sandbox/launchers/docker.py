@@ -231,6 +231,7 @@ class DockerContainer:
         self._feeds: list[Feed] = []
         self._is_opened = False
         self._signals: list[int] = []
+        self._terminal = ""
         self._making: Future[Any] | None = None
 
     def __repr__(self) -> str:
@@ -366,6 +367,8 @@ class DockerContainer:
             self.failure = message
             self._settle()
             self.kill()
+        elif message["ev"] == "terminal":
+            self._terminal = str(message["path"])
         elif message["ev"] == "egress" and self.on_event is not None:
             self.on_event(message)
 
@@ -417,7 +420,7 @@ class DockerContainer:
         assert self._gate is not None
         self._pipes["status"] = self._gate.open_both("status")
         self._loop.add_reader(self._pipes["status"], self._on_gate)
-        streams = {"stdin": "/dev/null"}
+        streams = {"stdin": "/dev/null", **({"terminal": self._terminal} if self._terminal else {})}
         for name in ("stdin", "request"):
             if name in fds and not _is_null(fds[name]):
                 streams[name] = f"{AT}/{name}"
@@ -458,9 +461,15 @@ class DockerContainer:
             self.on_event(message)
 
     def signal(self, number: int) -> None:
-        """Through the container's init, which passes signals on to its child. Early ones wait for the tool."""
+        """Through the container's init, which passes signals on to its child. Early ones wait for the tool.
+
+        The shell that has a terminal passes none on: then it goes to its child, by a descriptor of that process.
+        """
         if not self._is_opened:
             self._signals.append(number)
+            return
+        if self._terminal:
+            signal_child(self._pid, number)
             return
         engine, container = self._engine, self._id
         if engine is not None and not self.gone.is_set():
@@ -560,6 +569,18 @@ class DockerContainer:
             self.group.below.destroy()
         if self._gate is not None:
             self._gate.remove()
+
+
+def signal_child(parent: int, number: int) -> None:
+    """Send a signal to the one child of a process. Its end, meanwhile or before, is no error."""
+    with contextlib.suppress(OSError):
+        for text in Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split()[:1]:
+            pidfd = os.pidfd_open(int(text))
+            try:
+                if int(Path(f"/proc/{text}/stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    syscalls.pidfd_kill(pidfd, number)
+            finally:
+                os.close(pidfd)
 
 
 def _signal(engine: Engine, container: str, number: int) -> None:

@@ -74,7 +74,8 @@ def _host_config(wanted: Wanted, runtime: str) -> dict[str, Any]:
         "SecurityOpt": ["no-new-privileges", f"seccomp={json.dumps(wanted.seccomp)}"],
         "ReadonlyRootfs": True,
         "Privileged": False,
-        "Init": True,
+        # With a terminal it is the gate's shell that leads the session, as its first process, and collects the dead.
+        "Init": not step(plan, "terminals"),
         "RestartPolicy": {"Name": "no"},
         "LogConfig": {"Type": "none"},
         "MaskedPaths": [*(f"/proc/{name}" for name in proc["masked"]), *(f"/sys/{name}" for name in SYS_MASKED)],
@@ -93,7 +94,7 @@ def _limits(plan: LaunchPlan) -> dict[str, int]:
         # Memory and swap together: no more is to be had by swapping.
         found["Memory"] = found["MemorySwap"] = max(MEMORY_MIN_BYTES, int(memory))
     if (pids := _applied(plan, "pids")) is not None:
-        found["PidsLimit"] = int(pids) + 1  # the container's init is counted with the tool's tasks
+        found["PidsLimit"] = int(pids) + 1  # its init or the shell is counted with the tool's tasks
     if (cpus := _applied(plan, "cpus")) is not None:
         found["NanoCpus"] = round(cpus * 1_000_000_000)
     return found

@@ -11,7 +11,6 @@ _NO_IO = "Docker limits a disk by its device, and which disks lie behind an imag
 _NO_GPU = "not done yet: use the native launcher, or an image run by your own means"
 
 GAPS: Final = {
-    "terminal": "a terminal inside is the native launcher's alone",
     "inspection": "inspected TLS needs an authority in the image's own trust store, which is the image's affair",
     "gpu": _NO_GPU,
 }

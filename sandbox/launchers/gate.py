@@ -92,11 +92,15 @@ def call_script(
 ) -> str:
     """What the waiting shell does next. `streams` maps stdin, request and result to a path inside; stdin always is.
 
-    `open_files`: the limit, where the container was made with a higher one.
+    With `terminal` among them that is all three, and the shell stays: as the leader of the session it has to be the one
+    who opens it (credentials(7)). `open_files`: the limit, where the container was made with a higher one.
     """
     status = f"{AT}/status"
     program = shlex.quote(argv[0])
+    terminal = streams.get("terminal", "")
     redirects = [f"<{streams['stdin']}", f">{AT}/stdout", f"2>{AT}/stderr"]
+    if terminal:
+        redirects = [f"<>{terminal}", ">&0", "2>&0"]
     redirects += [f"3<{streams['request']}"] if "request" in streams else []
     redirects += [f"4>{streams['result']}"] if "result" in streams else []
     words = [f"{name}={value}" for name, value in env.items()]
@@ -109,8 +113,11 @@ def call_script(
         f"cd {shlex.quote(cwd)} 2>/dev/null || {{ echo cwd >{status}; exit 126; }}",
         f"command -v {program} >/dev/null 2>&1 || {{ echo missing >{status}; exit 127; }}",
         *([f"ulimit -n {open_files} || {{ echo nolimit >{status}; exit 125; }}"] if open_files is not None else []),
+        # What interrupts the tool reaches the shell as well, which would end by it; a trap is not handed down.
+        *(["trap : INT QUIT"] if terminal else []),
         f"exec {' '.join(redirects)}",
         f"echo opened >{status}",
-        f"exec env -i {shlex.join([*words, *tool])}",
+        f"{'' if terminal else 'exec '}env -i {shlex.join([*words, *tool])}",
+        *(["exit $?"] if terminal else []),
     ]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -311,3 +312,55 @@ def test_a_remote_daemon_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     box = Sandbox({"isolation": {"launcher": "docker", "image": "debian:12"}}, state=tmp_path)
     with box, pytest.raises(Unenforceable, match="only a daemon on this host"):
         box.run(["true"])
+
+
+# A shell waits for no program while it waits for this, so its traps come at once.
+_TRAPS = """
+trap 'echo interrupted' INT
+trap 'exit 9' TERM
+echo ready
+read word
+echo got:$word
+ls -ln /proc/self/fd/0
+echo > /dev/tty controls
+python3 -c 'import os; print(*os.get_terminal_size(), os.getsid(0) == 1, os.getpid() > 1, os.getuid() >= 65536)'
+while :; do sleep 0.1; python3 -c 'import os; print(*reversed(os.get_terminal_size()))'; done
+"""
+
+
+def test_a_terminal_is_the_tools_own_and_what_is_typed_controls_it(docker: Callable[..., Sandbox]) -> None:
+    typed, keys = os.pipe()
+    screen, shown = os.pipe()
+    box = docker()
+    seen = b""
+
+    def wait_to_see(text: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + WAIT_S
+        while text not in seen:
+            assert select.select([screen], [], [], max(0.0, deadline - time.monotonic()))[0], seen
+            more = os.read(screen, 65536)
+            assert more, seen
+            seen += more
+
+    with box.passing(["sh", "-c", _TRAPS], {"stdin": typed, "terminal_to": shown}, tty=True) as passing:
+        for fd in (typed, shown):
+            os.close(fd)
+        wait_to_see(b"ready\r\n")
+        os.write(keys, b"typed\r")
+        wait_to_see(b"got:typed")
+        wait_to_see(b"controls")
+        wait_to_see(b"80 24 True True True")
+        os.write(keys, b"\x03")
+        wait_to_see(b"interrupted")
+        passing.pending.resize(40, 132)
+        wait_to_see(b"40 132\r\n")
+        passing.pending.signal(signal.SIGTERM)
+        done = passing.outcome()
+    for fd in (keys, screen):
+        os.close(fd)
+    assert b"/dev/pts/0" in seen
+    assert done.exit_code == 9, done.ending
+    assert "terminals" in done.record.isolation.applied
+    # Its twin: nothing asked for, none there.
+    assert box.run(["sh", "-c", "test -t 1 || ls /dev/pts"]).text == "ptmx\n"

@@ -117,7 +117,6 @@ def test_an_unknown_launcher_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("call", "more", "gap"),
     [
-        (replace(CALL, tty=True), {}, "terminal"),
         (CALL, {"resources": {"io_bytes_per_s": 1 << 20}}, "io"),
     ],
 )
