@@ -6,7 +6,7 @@ granted. Leases, accounts and the guard are `gpu_guard`'s, which is imported whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,6 +71,19 @@ class Gpus:
         if group is not None:
             granted = gpu.device_rules() if gpu is not None else ()
             self._rules.admit(group.v2, group.v1.get("devices", ""), granted)
+
+    def admitted(self, make: Callable[[], Container]) -> Container:
+        """A jail that stands in for the one that a call was given and that died: its group is held to no GPU, too.
+
+        Calls that were granted one never get another jail: theirs is made for them. Raises OSError.
+        """
+        jail = make()
+        try:
+            self.admit(jail.group, None)
+        except BaseException:
+            jail.close()
+            raise
+        return jail
 
     def close(self) -> None:
         self._rules.close()

@@ -247,7 +247,7 @@ class Supervisor:
             call = self._calls[call_id] = Call(call_id, plan, owned, jail)
             call.request = ask["request"]
             if is_poolable(plan):
-                call.another = functools.partial(pool.make, plan)
+                call.another = functools.partial(self._gpus.admitted, functools.partial(pool.make, plan))
             if plan.egress is not None:
                 call.egress = CallEgress(call_id, plan.egress, self._egress, call.stop)
             self._gpus.admit(jail.group, gpu)

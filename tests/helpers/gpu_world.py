@@ -76,9 +76,9 @@ class Call:
             return self.stream.outcome
 
 
-def _words(pid: str) -> list[str]:
+def _words(pid: str, file: str = "cmdline") -> list[str]:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        return Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
         return []
 
@@ -299,6 +299,29 @@ def scene_cli(box: Sandbox, world: nvml.Scenario) -> Any:
     call.stream.signal(9)
     text = {"text": shown[1], "doctor": shown[2], "watched": [line["units"][0]["processes"] for line in lines]}
     return {"call": told(call.end()), "json": json.loads(shown[0]), **text}
+
+
+def scene_bench(box: Sandbox, world: nvml.Scenario) -> Any:
+    """`bench/gpu.py` from end to end, with a stand-in for CUDA: each of its programs gets a process on the GPU."""
+    source = Path(__file__).with_name("cuda_standin.c")
+    (LIBRARIES / "libcuda.so.1").unlink()
+    target = str(LIBRARIES / "libcuda.so.1")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", target, str(source)], check=True, timeout=60)
+    bench = Path(__file__).parents[2] / "bench" / "gpu.py"
+    with subprocess.Popen([sys.executable, str(bench), "--quick"], stdout=subprocess.PIPE, text=True) as running:
+        while running.poll() is None:
+            world.processes.clear()
+            world.devices.clear()
+            world.device(0, rate=100000).device(1, rate=100000, used=9000)
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                words = _words(pid)
+                if words[:2] == ["python3", "-c"] and words[3:4] in (["fill"], ["hash"]):
+                    unit = 1 if "CUDA_VISIBLE_DEVICES=GPU-standin-1" in _words(pid, "environ") else 0
+                    world.process(unit, int(pid), int(words[4]) if words[3] == "fill" else 10, sm=100)
+            world.write()
+            time.sleep(0.05)
+        assert running.stdout is not None
+        return json.loads(running.stdout.read())
 
 
 CLI = [sys.executable, "-c", "from sandbox.cli.main import main; main()"]

@@ -207,3 +207,19 @@ def test_the_command_line_shows_devices_leases_and_use(play: Play) -> None:
     assert "driver 575.57.08: 0 Stand-in, 1:0 Stand-in" in found["doctor"]
     assert len(found["watched"]) == 2
     assert found["call"]["gpu"][0]["uuid"] == "GPU-standin-0", "the slice's nodes are not there, so it was left out"
+
+
+def test_the_benchmark_for_a_real_gpu_runs_from_end_to_end(play: Play) -> None:
+    # Shows that its parts fit together. Its figures are those of stand-ins and say nothing.
+    found = play("bench")
+    assert found["inside"]["with a grant"][0] == "ok"
+    assert [event["event"] for event in found["inside"]["with a grant"][1]] == ["open", "filled"]
+    assert found["inside"]["without"][1] == 3
+    assert found["inside"]["nodes with a grant"] == ["./nvidia-uvm", "./nvidia0", "./nvidiactl"]
+    assert found["inside"]["nodes without"] == []
+    assert found["inside"]["pids were mapped"]
+    assert found["reaction"]["other endings"] == []
+    assert found["reaction"]["to memory free"]["n"] == 1
+    assert found["hash"]["limited to 1.0 s"][0] == "limit:gpu_seconds"
+    assert found["hash"]["energy"]["power_integral_j"] > 0
+    assert found["guard"]["looks"] >= 5

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox._linux import bpf, devices
+from sandbox.host import HostFacts
+from sandbox.supervisor.gpu import Gpus
 
 RULES = (("c", 1, 3, "rw"), ("c", 136, None, "rw"), ("c", 195, 0, "r"), ("b", 8, 0, "rwm"))
 Rule = tuple[str, int, int | None, str]
@@ -103,3 +108,32 @@ def test_every_jail_has_its_own_nodes_and_no_gpu() -> None:
 
 def test_a_rule_as_a_line_of_version_1() -> None:
     assert [devices.v1_line(rule) for rule in RULES] == ["c 1:3 rw", "c 136:* rw", "c 195:0 r", "b 8:0 rwm"]
+
+
+class Jail:
+    """As much of one as its admission needs; `directory` is its group in a version 1 tree."""
+
+    def __init__(self, directory: Path) -> None:
+        self.group = SimpleNamespace(v2="", v1={"devices": str(directory)})
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_jail_that_stands_in_for_one_that_died_is_held_to_no_gpu_either(tmp_path: Path) -> None:
+    # Version 1 narrows each group by itself: one that is forgotten may open what any call on this host may be granted.
+    gpu = ("c", 195, 0, "rw")
+    (tmp_path / "call").mkdir()
+    for name in ("devices.deny", "devices.allow", "call/devices.deny"):
+        (tmp_path / name).touch()
+    gpus = Gpus(HostFacts(), None)
+    gpus._rules = devices.DeviceRules.open("", str(tmp_path), [gpu])
+    assert gpus._rules.kind == "v1"
+    made: list[Any] = [Jail(tmp_path / "call"), Jail(tmp_path / "gone")]
+    assert gpus.admitted(lambda: made[0]) is made[0]
+    assert (tmp_path / "call" / "devices.deny").read_text() == "c 195:0 rw"
+    with pytest.raises(FileNotFoundError):
+        gpus.admitted(lambda: made[1])
+    assert (made[0].is_closed, made[1].is_closed) == (False, True)
+    gpus.close()
