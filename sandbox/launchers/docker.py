@@ -178,6 +178,11 @@ def _ask_python(
     return (-1, "") if code in (_PYTHON_MISSING, 126) else (code, "python3")
 
 
+def _device_path(number: str) -> str:
+    """The node of a disk that is named by "major:minor"."""
+    return f"/dev/{os.path.basename(os.readlink(f'/sys/dev/block/{number}')).replace('!', '/')}"
+
+
 def _gates(state: Path) -> Path:
     """Where the directories of gates are, by supervisor: in memory where there is such a place, closed to others."""
     base = (Path("/run") if os.access("/run", os.W_OK) else state) / config.LABEL
@@ -289,6 +294,7 @@ class DockerContainer:
             launcher.labels("call"),
             cgroup_parent=parent,
             volumes=tuple((image.get("Config") or {}).get("Volumes") or ()),
+            disks=tuple(map(_device_path, launcher.setting.disks)),
         )
         self.details = {"image_digest": image["Id"], "repo_digests": list(image.get("RepoDigests") or ())}
         if wanted.volumes:
@@ -377,7 +383,18 @@ class DockerContainer:
         with contextlib.suppress(OSError):
             # It may have ended already; then there is nothing to count.
             self.group.find(self._pid, self._launcher.layout)
+            self._check_io()
         if self.is_killed:
+            self.kill()
+
+    def _check_io(self) -> None:
+        """A daemon leaves a limit that it cannot set away, with a warning in place of an error."""
+        limit = self._plan.limit("io")
+        if limit is None or limit.applied is None:
+            return
+        if without := set(self._launcher.setting.disks) - self.group.io_limited():
+            disks = ", ".join(sorted(without))
+            self._fail("io", LaunchError(f"the daemon has not limited the traffic of disk {disks}"))
             self.kill()
 
     def _sealed(self, message: Mapping[str, Any]) -> None:

@@ -33,7 +33,10 @@ ROOM_FILES: Final = 256
 
 @dataclass(frozen=True)
 class Wanted:
-    """One container: its plan, and what is its own. `gate_path`, `uid`: on the host. `volumes`: of the image."""
+    """One container: its plan, and what is its own. `gate_path`, `uid`: on the host. `volumes`: of the image.
+
+    `disks`: paths of the host's disks, any of which may lie behind an image.
+    """
 
     plan: LaunchPlan
     gate_path: str
@@ -42,6 +45,7 @@ class Wanted:
     labels: Mapping[str, str]
     cgroup_parent: str = ""
     volumes: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
 
 
 def create_body(wanted: Wanted) -> dict[str, Any]:
@@ -83,6 +87,7 @@ def _host_config(wanted: Wanted, runtime: str) -> dict[str, Any]:
         "Mounts": [_bind(source, target) for source, target in mounts(wanted)],
         "Ulimits": _ulimits(plan),
         **_limits(plan),
+        **_io_limits(wanted),
         **({"CgroupParent": wanted.cgroup_parent} if wanted.cgroup_parent else {}),
         **({"Runtime": runtime} if runtime else {}),
     }
@@ -98,6 +103,14 @@ def _limits(plan: LaunchPlan) -> dict[str, int]:
     if (cpus := _applied(plan, "cpus")) is not None:
         found["NanoCpus"] = round(cpus * 1_000_000_000)
     return found
+
+
+def _io_limits(wanted: Wanted) -> dict[str, list[dict[str, Any]]]:
+    rate = _applied(wanted.plan, "io")
+    if rate is None:
+        return {}
+    devices = [{"Path": path, "Rate": int(rate)} for path in wanted.disks]
+    return {"BlkioDeviceReadBps": devices, "BlkioDeviceWriteBps": devices}
 
 
 def _applied(plan: LaunchPlan, control: str) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from sandbox.host import Control, HostFacts
+from sandbox.host import controls as host_controls
 
 _NO_LANDLOCK = "Docker starts the tool itself and knows no Landlock; the mount namespace is the one wall"
-_NO_IO = "Docker limits a disk by its device, and which disks lie behind an image is the daemon's affair"
 _NO_GPU = "not done yet: use the native launcher, or an image run by your own means"
 
 GAPS: Final = {
@@ -29,14 +30,19 @@ _ROWS: Final = {
     "inodes": Control("full", "sized tmpfs"),
     "open_files": Control("full", "rlimit nofile"),
     "output": Control("full", "bounded pipes read by the supervisor"),
-    "io": Control("none", "", "none", _NO_IO),
     "gpu": Control("full", "device nodes absent, container device list"),
 }
 
 
-def controls(_facts: HostFacts) -> dict[str, Control]:
-    """The same everywhere: what a daemon turns out not to have, it is refused for when it is asked."""
-    return dict(_ROWS)
+def controls(facts: HostFacts) -> dict[str, Control]:
+    """The same everywhere, but for disk traffic, which is the kernel's to hold back or not.
+
+    What a daemon turns out not to have, it is refused for when it is asked.
+    """
+    held = host_controls(facts)["io"]
+    if held.level != "none":
+        held = replace(held, mechanism=f"container device limits, {held.mechanism}")
+    return {**_ROWS, "io": held}
 
 
 # gVisor and Kata read the files through a process of their own, from mounts as they were when the container was made.

@@ -51,6 +51,17 @@ class ContainerGroup:
             merged["oom_kills"] = max(1, int(merged.get("oom_kills", 0)))
         return merged
 
+    def io_limited(self) -> set[str]:
+        """The disks, as "major:minor", whose traffic is limited in the container's own group."""
+        path = f"{self.v2}/io.max"
+        if "blkio" in self.v1:
+            path = f"{self.v1['blkio']}/blkio.throttle.write_bps_device"
+        try:
+            lines = Path(path).read_text(encoding="ascii").splitlines()
+        except FileNotFoundError:
+            return set()
+        return {line.split()[0] for line in lines if "wbps=max" not in line}
+
     def open_oom_event(self) -> int | None:
         """As of a group of ours; None where the container has no v1 memory group, or has ended."""
         try:

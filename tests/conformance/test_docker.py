@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sandbox import LaunchError, Sandbox
+from sandbox._linux import cgroup
+from sandbox.host import HostFacts
+from sandbox.launchers.group import ContainerGroup
 from tests.helpers import engine as engines
 
 GATES = Path("/run/toolcall-sandbox")
@@ -30,8 +33,8 @@ def docker(engine: engines.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("DOCKER_HOST", engine.host)
     made: list[Sandbox] = []
 
-    def make(image: str = engines.PYTHON, **sections: Any) -> Sandbox:
-        isolation = {"launcher": "docker", "image": image}
+    def make(image: str = engines.PYTHON, best_effort: Sequence[str] = (), **sections: Any) -> Sandbox:
+        isolation = {"launcher": "docker", "image": image, "best_effort": list(best_effort)}
         manifest = {"filesystem": {"write": [":workspace"]}, **sections, "isolation": isolation}
         made.append(Sandbox(manifest, state=tmp_path))
         return made[-1]
@@ -94,6 +97,26 @@ def test_the_engine_is_told_to_take_everything_away(docker: Callable[..., Sandbo
     sources = [mount["Source"] for mount in found["Mounts"]]
     assert not any("docker.sock" in source for source in sources)
     assert not any(mount["RW"] for mount in found["Mounts"])
+
+
+@pytest.mark.needs("cgroup")
+def test_disk_traffic_is_limited_on_every_disk_of_the_host(
+    docker: Callable[..., Sandbox], engine: engines.Engine, host_facts: HostFacts
+) -> None:
+    disks = set(host_facts.block_devices.values())
+    if not disks or not host_facts.cgroups["io"].where:
+        pytest.skip("needs a disk, and a cgroup controller for its traffic")
+    with docker(resources={"io": "7MiB/s"}, best_effort=["io"]).stream(SLEEPER) as stream:
+        assert next(iter(stream)) == ("stdout", b"on\n")
+        there = [one for one in containers(engine) if one["State"]["Running"]]
+        for one in there:
+            rates = [device["Rate"] for device in one["HostConfig"]["BlkioDeviceWriteBps"]]
+            assert rates == [7 << 20] * len(disks)
+            group = ContainerGroup("", None)
+            group.find(one["State"]["Pid"], cgroup.detect())
+            assert group.io_limited() == disks
+        stream.signal(signal.SIGTERM)
+        assert stream.outcome.record.enforcement["io"]["applied"] == 7 << 20
 
 
 def test_the_record_names_image_digest_container_and_limits(

@@ -117,7 +117,7 @@ def test_an_unknown_launcher_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("call", "more", "gap"),
     [
-        (CALL, {"resources": {"io_bytes_per_s": 1 << 20}}, "io"),
+        (CALL, {"network": {"allow": ["a.org:443"], "http": ["* a.org /** inspect"]}}, "inspection"),
     ],
 )
 def test_what_docker_declares_that_it_cannot_do_is_refused_and_nothing_else(
@@ -128,10 +128,14 @@ def test_what_docker_declares_that_it_cannot_do_is_refused_and_nothing_else(
 
 
 def test_what_docker_cannot_hold_may_be_let_go_and_is_then_on_record() -> None:
-    plan = planned({**IMAGE, "best_effort": ["io"]}, resources={"io_bytes_per_s": 1 << 20})
-    limit = plan.limit("io")
+    cgroups = {**FULL.cgroups, "io": CgroupControl("v1")}
+    asked = Manifest(isolation={**IMAGE, "best_effort": ["io"]}, resources={"io_bytes_per_s": 1 << 20})
+    limit = decide(asked, CALL, replace(FULL, cgroup_kind="hybrid", cgroups=cgroups), Surroundings()).limit("io")
     assert limit is not None
-    assert (limit.level, limit.applied) == ("none", None)
+    assert (limit.level, limit.applied) == ("partial", 1 << 20)
+    held = planned(IMAGE, resources={"io_bytes_per_s": 1 << 20}).limit("io")
+    assert held is not None
+    assert (held.level, held.mechanism) == ("full", "container device limits, cgroup v2 io.max")
 
 
 def test_landlock_that_is_required_is_refused_where_the_launcher_has_none() -> None:
