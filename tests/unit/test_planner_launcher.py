@@ -117,7 +117,11 @@ def test_an_unknown_launcher_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("call", "more", "gap"),
     [
-        (CALL, {"network": {"allow": ["a.org:443"], "http": ["* a.org /** inspect"]}}, "inspection"),
+        (
+            CALL,
+            {"network": {"mode": "allowlist", "allow": ["a.org:443"], "http": ["* a.org /** inspect"]}},
+            "inspection",
+        ),
     ],
 )
 def test_what_docker_declares_that_it_cannot_do_is_refused_and_nothing_else(
