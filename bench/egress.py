@@ -187,6 +187,21 @@ def inside(pid: int) -> Callable[[list[str]], str]:
     return lambda words: output([*entering(pid), sys.executable, "-c", CLIENT, TARGET, *words])
 
 
+def bare_relay(mode: str) -> Callable[[ExitStack], Way]:
+    """A relay that does nothing but relay: what is left for any code of ours to cost is seen beside it."""
+
+    def make(stack: ExitStack) -> Way:
+        pid = stack.enter_context(other_namespace())
+        argv = [sys.executable, str(Path(__file__).with_name("bare_relay.py")), mode, str(pid), TARGET]
+        relay = stack.enter_context(running(argv, stdout=subprocess.PIPE))
+        assert relay.stdout is not None
+        if not relay.stdout.readline():
+            raise Unmeasured("the bare relay did not start")
+        return Way(f"bare {mode} relay", inside(pid), relay.pid)
+
+    return make
+
+
 def slirp4netns(stack: ExitStack) -> Way:
     pid = stack.enter_context(other_namespace())
     argv = ["slirp4netns", "--configure", "--mtu=65520", "--ready-fd=1", str(pid), "tap0"]
@@ -237,6 +252,8 @@ def veth(stack: ExitStack) -> Way:
 MAKERS: dict[str, tuple[Callable[[ExitStack], Way], tuple[str, ...]]] = {
     "direct loopback": (direct, ()),
     "this gateway": (gateway, ()),
+    "bare copy relay": (bare_relay("copy"), ("nsenter", "unshare")),
+    "bare splice relay": (bare_relay("splice"), ("nsenter", "unshare")),
     "veth + NAT": (veth, ("ip", "nft", "nsenter", "unshare")),
     "pasta": (pasta, ("pasta", "ip", "nsenter", "unshare")),
     "slirp4netns": (slirp4netns, ("slirp4netns", "nsenter", "unshare")),
@@ -345,16 +362,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     columns = ("connect + byte, us", "1 flow, MB/s", "16 flows, MB/s", "CPU s/GB", "relay s/GB", "of it kernel")
     print("Egress: medians of rounds in turns; in brackets, the median of each round's ratio to direct loopback")
-    print(f"{'':16}" + "".join(f"{column:>20}" for column in columns))
+    print(f"{'':18}" + "".join(f"{column:>20}" for column in columns))
     for name, row in found["ways"].items():
         cells = [f"{row['connect_us']:.0f} ({row['connect_us_to_direct']:.1f}x)"]
         cells += [f"{row[kind]:.0f} ({row[f'{kind}_to_direct']:.0%})" for kind in ("mb_s_1", "mb_s_16")]
         cells.append(f"{row['cpu_s_per_gb']:.2f}")
         for kind in ("relay_s_per_gb", "relay_kernel_s_per_gb"):
             cells.append(f"{row[kind]:.2f}" if kind in row else "-")
-        print(f"{name:16}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells))
     for name, why in found["missing"].items():
-        print(f"{name:16}  not measured: {why}")
+        print(f"{name:18}  not measured: {why}")
     if found["start_ms"]:
         start = found["start_ms"]
         print(
