@@ -40,7 +40,7 @@ def listeners_of(pid: int) -> list[socket.socket]:
             with contextlib.suppress(OSError):
                 netlink.request(sock, netlink.set_largest_segment(SEGMENT_BYTES), 1, "link")
             netlink.request(sock, netlink.add_local_default_route("127.0.0.1"), 1, "route")
-        opened = [socket.create_server(("0.0.0.0", port), backlog=512) for port in PORTS]  # noqa: S104 - lo alone
+        opened = [socket.create_server(("0.0.0.0", port), backlog=512) for port in PORTS]
         socket.send_fds(theirs, [b"x"], [sock.fileno() for sock in opened])
         os._exit(0)
     theirs.close()

@@ -122,11 +122,14 @@ class Gateway:
                 os.close(fd)
         await tie.opened
 
-    async def close_call(self, tie: Tie, *, drain: bool) -> dict[str, Any]:
-        """End a call's flows and get its journal. Raises GatewayLost."""
+    def begin_close(self, tie: Tie, *, drain: bool) -> None:
+        """Have a call's flows ended. Raises GatewayLost."""
         if tie.call_id not in self._ties:
             raise GatewayLost("the call was never opened on the gateway")
         self._send({"op": "close", "call": tie.call_id, "drain": drain}, [])
+
+    async def journal(self, tie: Tie) -> dict[str, Any]:
+        """What a call tried, once `begin_close` has ended it. Raises GatewayLost."""
         try:
             return await asyncio.wait_for(asyncio.shield(tie.closed), CLOSE_TIMEOUT_S)
         except TimeoutError:

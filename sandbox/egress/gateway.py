@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import gc
 import ipaddress
 import json
 import os
@@ -212,6 +213,8 @@ def main(control_fd: int, uid: int, mode: str) -> None:
         "x".encode("idna")
     quiet_about_names()
     reader = _reader() if mode == HTTP else None
+    # What is there now stays to the end; looking through it for garbage again and again would delay calls.
+    gc.freeze()
     _lock_down(uid)
     asyncio.run(_run(control, fds_max, reader))
 

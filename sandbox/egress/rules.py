@@ -7,6 +7,7 @@ labels; an address is permitted only by a rule that is an address or a network i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -119,6 +120,12 @@ class Rules:
             return False
         matching = (rule for rule in self._networks.matching(reason.address) if rule.low <= port <= rule.high)
         return any(reason.opening == "cidr" or rule.network.num_addresses == 1 for rule in matching)
+
+
+@functools.lru_cache(maxsize=256)
+def compile_rules(allow: tuple[str, ...], deny: tuple[str, ...]) -> Rules:
+    """The rules of a manifest, which never change: calls of one tool share them. Raises ValueError."""
+    return Rules(allow, deny)
 
 
 def _describe(reason: Closed, address: Address) -> str:

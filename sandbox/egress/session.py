@@ -27,7 +27,7 @@ from sandbox.egress.journal import Attempt, Journal
 from sandbox.egress.names import Answered, NameTable
 from sandbox.egress.pump import reset
 from sandbox.egress.resolver import Resolver
-from sandbox.egress.rules import Rules
+from sandbox.egress.rules import compile_rules
 
 DNS_PORT: Final = 53
 HTTP: Final = "http"
@@ -63,7 +63,7 @@ class Session:
         self.http = HttpPolicy(policy, secrets)
         if self.http and HTTP not in host.handlers:
             raise ValueError("this gateway does not read HTTP")
-        self.rules = Rules(policy["allow"], policy["deny"])
+        self.rules = compile_rules(tuple(policy["allow"]), tuple(policy["deny"]))
         self.names = NameTable(self.rules)
         self.journal = Journal()
         self.meter = Meter(Limits.from_json(policy["call"]))
@@ -94,7 +94,8 @@ class Session:
             self._listeners.append(sock)
             readers = {"dns": self._on_queries, "log": self._on_refused_datagrams}
             self._readers[sock] = readers.get(name.split(":")[1], self._on_connects)
-            self._loop.add_reader(sock, self._readers[sock], sock)
+            # By number: for an object that it does not know yet, the loop would make its whole repr first.
+            self._loop.add_reader(fd, self._readers[sock], sock)
         self._tick = self._loop.call_later(TICK_S, self._look_at_times)
 
     async def close(self, *, drain: bool = False) -> None:
@@ -108,8 +109,9 @@ class Session:
         self.is_cut = not drain
         self._take_what_waits()
         self._close_listeners()
-        # A task that is cancelled before its first turn would do nothing at all, not even its line in the journal.
-        await asyncio.sleep(0)
+        if self._flows:
+            # A task that is cancelled before its first turn would do nothing at all, not even its line in the journal.
+            await asyncio.sleep(0)
         deadline = time.monotonic() + DRAIN_S
         while drain and time.monotonic() < deadline and not all(flow.is_sent for flow in self._flows):
             await asyncio.sleep(0.002)
@@ -240,7 +242,7 @@ class Session:
             if keep_dns and sock.type != socket.SOCK_STREAM:
                 kept.append(sock)
                 continue
-            self._loop.remove_reader(sock)
+            self._loop.remove_reader(sock.fileno())
             sock.close()
         self._listeners = kept
 

@@ -72,6 +72,7 @@ class CallEgress:
         self._gateway = egress.gateway(policy)
         self._tie = Tie(call_id, self._on_breach, lambda _why: stop(LOST))
         self._opening: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     def attach(self, jail_fds: dict[str, int], call_fds: dict[str, int]) -> None:
         """Hand over the listeners, taking them out of `jail_fds`. Connections wait in the backlog until they are.
@@ -93,14 +94,23 @@ class CallEgress:
         if self._policy["on_breach"] == "kill":
             self._stop(BREACH)
 
-    async def finish(self, *, drain: bool) -> dict[str, Any] | None:
-        """End its flows when nothing of the call runs any more; the journal, or None when it is lost.
+    def begin_finish(self, *, drain: bool) -> None:
+        """Have its flows ended, as nothing of the call runs any more; the gateway does so while we see to the rest.
 
         `drain` lets go on for a moment what was sent before the call ended by itself.
         """
+        if self._opening is not None and self._opening.done():
+            with contextlib.suppress(GatewayLost):  # `finish` tries again, and tells
+                self._gateway.begin_close(self._tie, drain=drain)
+                self._is_closing = True
+
+    async def finish(self, *, drain: bool) -> dict[str, Any] | None:
+        """End its flows, unless that was begun before; the journal, or None when it is lost."""
         if self._opening is None:
             return {"items": [], "totals": {}, "denials": []}
         with contextlib.suppress(GatewayLost):
             await self._opening
-            return await self._gateway.close_call(self._tie, drain=drain)
+            if not self._is_closing:
+                self._gateway.begin_close(self._tie, drain=drain)
+            return await self._gateway.journal(self._tie)
         return None

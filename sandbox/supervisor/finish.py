@@ -45,6 +45,8 @@ async def gather(
     gathered = closing(ending, started)
     if call is None:
         return gathered
+    if call.egress is not None:
+        call.egress.begin_finish(drain=not call.stopped)
     output: dict[str, Any] = {}
     for name, pump in call.pumps.items():
         key = "stdout" if name == "terminal" else name
@@ -53,9 +55,6 @@ async def gather(
         output["truncated"] = bool(output.get("truncated")) or pump.truncated
         gathered.sections[key] = bytes(pump.kept)
     stats: dict[str, Any] = dict(call.final_stats or call.stats())
-    journal = await call.egress.finish(drain=not call.stopped) if call.egress is not None else None
-    if journal is not None:
-        stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
     gpu = await call.gpu.finish() if call.gpu is not None else {}
     stats["gpu"] = gpu.get("usage")
     isolation: dict[str, Any] = {**call.jail.details, "applied": call.jail.steps_applied, "notes": call.jail.notes}
@@ -70,6 +69,9 @@ async def gather(
         # The call is over and gets its record. It did not end well: what it left was not looked through.
         left = Left()
         gathered.closing = replace(gathered.closing, ending=_unseen(ending, error).to_json())
+    journal = await call.egress.finish(drain=not call.stopped) if call.egress is not None else None
+    if journal is not None:
+        stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
     captured = {name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()}
     gathered.sections.update({f"file:{path}": data for path, data in left.collected.items()})
     gathered.extra["changes"] = left.changes
