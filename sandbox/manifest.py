@@ -177,7 +177,9 @@ class Network(_Section):
     idle_time_s: Seconds | None = 300.0
     host_upload_max_bytes: Bytes | None = None
     host_download_max_bytes: Bytes | None = None
+    host_rate_bytes_per_s: Annotated[int, _count(1024, BYTES_MAX)] | None = None
     host_connections_max: Connections | None = None
+    host_connections_at_once: Connections | None = None
     on_breach: Literal["cut", "kill"] = "cut"
 
 

@@ -81,7 +81,9 @@ def policy(manifest: Manifest, extra_roots: Iterable[tuple[str, str, str]] = ())
         "host": {
             "upload_max_bytes": network.host_upload_max_bytes,
             "download_max_bytes": network.host_download_max_bytes,
+            "rate_bytes_per_s": network.host_rate_bytes_per_s,
             "connections_max": network.host_connections_max,
+            "connections_at_once": network.host_connections_at_once,
         },
     }
 

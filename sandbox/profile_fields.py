@@ -103,7 +103,9 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field(_NET, "idle_time", "time", "limit", "idle_time_s", "idle_time", unlimited=True, help="Without a byte."),
     Field(_NET, "host_upload_max", "size", "limit", "host_upload_max_bytes", unlimited=True, help="To each host."),
     Field(_NET, "host_download_max", "size", "limit", "host_download_max_bytes", unlimited=True, help="From each."),
+    Field(_NET, "host_rate", "rate", "limit", "host_rate_bytes_per_s", unlimited=True, help="Bytes a second, each."),
     Field(_NET, "host_connections_max", "count", "limit", unlimited=True, help="To each host, in all."),
+    Field(_NET, "host_connections_at_once", "count", "limit", unlimited=True, help="To each host, at one time."),
     Field(
         _NET,
         "on_breach",

@@ -6,7 +6,7 @@ one byte more than the budget passes, over all flows together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 UP = "upload"
@@ -33,10 +33,12 @@ class Limits(NamedTuple):
 class Meter:
     """The counters of one call, or of one host within it."""
 
-    __slots__ = ("_bucket", "at_once", "connections", "down", "down_max", "limits", "up", "up_max")
+    __slots__ = ("_bucket", "at_once", "connections", "down", "down_max", "limits", "up", "up_max", "whose")
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, whose: str = "") -> None:
+        """`whose`: what stands before its budgets' names, "host_" for one host's."""
         self.limits = limits
+        self.whose = whose
         self.up = self.down = 0
         self.connections = self.at_once = 0
         self.up_max = UNLIMITED if limits.upload_max_bytes is None else limits.upload_max_bytes
@@ -71,12 +73,16 @@ class Meter:
         """The budget that forbids one more connection; empty when none does."""
         limits = self.limits
         if limits.connections_max is not None and self.connections >= limits.connections_max:
-            return "connections_max"
+            return f"{self.whose}connections_max"
         if limits.connections_at_once is not None and self.at_once >= limits.connections_at_once:
-            return "connections_at_once"
-        if self.up >= self.up_max:
-            return "upload_max"
-        return "download_max" if self.down >= self.down_max else ""
+            return f"{self.whose}connections_at_once"
+        return used_up((self,), UP) or used_up((self,), DOWN)
+
+
+def used_up(meters: Iterable[Meter], direction: str) -> str:
+    """The budget of bytes that leaves nothing in this direction; empty when none does."""
+    spent = next((meter for meter in meters if meter.left(direction) <= 0), None)
+    return "" if spent is None else f"{spent.whose}{direction}_max"
 
 
 class TokenBucket:

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from sandbox.egress.addresses import Address
-from sandbox.egress.budget import UP, Meter
+from sandbox.egress.budget import UP, Meter, used_up
 from sandbox.egress.dial import dial
 from sandbox.egress.guess import FIRST_BYTES, guess
 from sandbox.egress.journal import Attempt
@@ -79,7 +79,7 @@ class Flow:
         """The next bytes of the call's, within the budgets; empty at its end. Raises TimeoutError, OSError, Refused."""
         room = min(max_bytes, *(meter.left(UP) for meter in self.meters))
         if room <= 0:
-            raise Refused("budget", "upload_max")
+            raise Refused("budget", used_up(self.meters, UP))
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(timeout_s):
             data = await loop.sock_recv(self.front, room)

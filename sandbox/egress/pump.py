@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from sandbox.egress.budget import DOWN, UP, Meter
+from sandbox.egress.budget import DOWN, UP, Meter, used_up
 from sandbox.egress.guess import FIRST_BYTES
 
 # A wake-up and two system calls cost the same for much as for little: with 1 MiB a gigabyte takes a quarter less
@@ -172,7 +172,7 @@ class Pump:
         if is_end:
             self._at_end(half)
         else:
-            self.end("budget", f"{half.direction}_max")
+            self.end("budget", used_up(self._meters, half.direction))
 
     def _is_throttled(self, half: Half) -> bool:
         now = time.monotonic()

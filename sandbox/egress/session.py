@@ -171,11 +171,11 @@ class Session:
         """Count the flow against the budgets; returns the meters of its host. Raises Refused."""
         host = self._host_meters.get(flow.host)
         if host is None:
-            host = self._host_meters[flow.host] = Meter(self._host_limits)
-        for meter, whose in ((self.meter, ""), (host, "host_")):
+            host = self._host_meters[flow.host] = Meter(self._host_limits, "host_")
+        for meter in (self.meter, host):
             if budget := meter.refusal():
-                self._breach(whose + budget)
-                raise Refused("budget", whose + budget)
+                self._breach(budget)
+                raise Refused("budget", budget)
         if not self._host.take_flow():
             raise Refused("gateway_busy")
         self._admitted[flow] = (self.meter, host)

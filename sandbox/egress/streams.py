@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from sandbox.egress.budget import DOWN, UP, Meter
+from sandbox.egress.budget import DOWN, UP, Meter, used_up
 from sandbox.egress.flow import Refused
 
 CHUNK_BYTES: Final = 128 * 1024
@@ -72,7 +72,7 @@ class Metered:
                 await self._ready(reading=True)
                 continue
             if data and room <= 0:
-                raise Refused("budget", "upload_max")
+                raise Refused("budget", used_up(self._meters, UP))
             for meter in self._meters:
                 meter.spend(UP, len(data))
             return data
@@ -83,7 +83,7 @@ class Metered:
             await self._throttle()
             room = min(self._chunk, *(meter.left(DOWN) for meter in self._meters))
             if room <= 0:
-                raise Refused("budget", "download_max")
+                raise Refused("budget", used_up(self._meters, DOWN))
             try:
                 sent = self._sock.send(rest[:room])
             except BlockingIOError:

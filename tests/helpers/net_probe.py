@@ -63,6 +63,30 @@ def tcp(
         return read_all(sock) if read else {}
 
 
+def abort(host, port):
+    """Say something and go with a reset."""
+    with socket.create_connection((host, port), timeout=10) as sock:
+        sock.sendall(b"x")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return {}
+
+
+def sip(host, port, send):
+    """Read everything a little at a time, through a small buffer."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(20)
+        sock.connect((host, port))
+        sock.sendall(send.encode())
+        sock.shutdown(socket.SHUT_WR)
+        digest, total = hashlib.sha256(), 0
+        while data := sock.recv(16384):
+            total += len(data)
+            digest.update(data)
+            time.sleep(0.002)
+    return {"bytes": total, "sha256": digest.hexdigest()}
+
+
 def tls(host, port, sni=None, send="", timeout=10, address=None, pieces=0, once=True):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import queue
 import socket
 import ssl
 import struct
@@ -38,6 +39,7 @@ class Outside:
     def __init__(self) -> None:
         self.reached: list[Arrival] = []
         self.queries: list[str] = []
+        self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._open: list[socket.socket] = []
         self._marks: dict[Any, threading.Event] = {}
         self._handled = threading.Condition()
@@ -235,6 +237,20 @@ def reset_at_once(conn: socket.socket, _outside: Outside) -> None:
     conn.recv(1)
     conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     conn.close()
+
+
+def tell_ends(conn: socket.socket, outside: Outside) -> None:
+    """To `?` it says how the connection before it ended, which may still be about to: by a reset, or properly."""
+    if conn.recv(1) == b"?":
+        conn.sendall(outside.ends.get(timeout=20).encode())
+        return
+    try:
+        while conn.recv(65536):
+            pass
+    except ConnectionResetError:
+        outside.ends.put("reset")
+    else:
+        outside.ends.put("end")
 
 
 def slow_sink(conn: socket.socket, _outside: Outside) -> None:

@@ -18,6 +18,7 @@ from tests.helpers.net_servers import (
     reset_at_once,
     silent,
     slow_sink,
+    tell_ends,
 )
 from tests.helpers.net_world import OTHER, WEB, WEB_V6
 
@@ -31,14 +32,14 @@ HOSTS = {
     "two.example.test": OTHER,
     "dead.example.test": "192.88.98.1",
 }
-PORTS = {"http": 80, "echo": 7, "after": 9, "reset": 10, "slow": 11, "silent": 12}
+PORTS = {"http": 80, "echo": 7, "after": 9, "reset": 10, "slow": 11, "silent": 12, "ends": 13}
 ENCODED = base64.b32encode(hashlib.sha256(b"stolen").digest()).decode().lower().rstrip("=")
 
 
 def furnish(outside: Outside) -> None:
     handlers = {"http": http, "echo": echo, "after": answer_after_end, "reset": reset_at_once, "slow": slow_sink}
     for address in (WEB, WEB_V6, OTHER):
-        for name, handler in {**handlers, "silent": silent}.items():
+        for name, handler in {**handlers, "silent": silent, "ends": tell_ends}.items():
             outside.serve(name, address, PORTS[name], handler)
     outside.serve("private", "10.1.2.3", 80, http)
     outside.serve("tls", WEB, 443, Certificates().tls(http, "www.example.test"))
@@ -62,8 +63,12 @@ def to(what: str, host: str = "www.example.test", **more: object) -> dict[str, o
 
 
 BYTES_20 = f"GET /bytes/{20 * MIB} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+BYTES_2 = f"GET /bytes/{2 * MIB} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
 LARGE = {"size": 20 * MIB, "half_close": True}
+OTHER_TYPES = (5, 10, 15, 16, 33, 64, 65)  # CNAME, NULL, MX, TXT, SRV, SVCB, HTTPS
 ALL = ["www.example.test:1-65535"]
+BOTH = ["www.example.test:*", "two.example.test:*"]
+SHORT = {"send": "y", "half_close": True}
 FREE = {"upload_max": "unlimited", "download_max": "unlimited", "wall_time": "120s"}
 SCENES = {
     "v6": Scene(["v6.example.test:*"], [
@@ -80,6 +85,11 @@ SCENES = {
     "at once": Scene(ALL, [do("flood", host="www.example.test", port=7, count=200, hold=True, send="x")]),
     "half-close": Scene(ALL, [to("after", send="abc", half_close=True)]),
     "reset": Scene(ALL, [to("reset", send="x")]),
+    "reset from inside": Scene(ALL, [
+        do("abort", host="www.example.test", port=PORTS["ends"]), to("ends", send="?"),
+        to("ends", send="x", half_close=True), to("ends", send="?"),
+    ]),
+    "sips": Scene(ALL, [do("sip", host="www.example.test", port=80, send=BYTES_2)]),
     "slow reader": Scene(ALL, [to("slow", send="x" * 20000, read=False)]),
     "pieces": Scene(ALL, [to("echo", chunks=["a", "b", "c"], pause=0.05, half_close=True)]),
     "nothing said": Scene(ALL, [to("echo", send="", half_close=True)]),
@@ -95,6 +105,10 @@ SCENES = {
         do("dns", server="8.8.8.8", host="www.example.test", kind=16),
         do("dns", server="127.0.0.1", host="www.example.test"),
     ]),
+    "dns types": Scene(["typed.wild.example.test:80"], [
+        *[do("dns", server="9.9.9.9", host="typed.wild.example.test", kind=kind) for kind in OTHER_TYPES],
+        do("dns", server="9.9.9.9", host="typed.wild.example.test"),
+    ]),
     "dns tunnel": Scene(["**.wild.example.test:80"], [
         do("lookup", host="a.wild.example.test"), do("lookup", host=f"{ENCODED[:40]}.wild.example.test"),
         do("tcp", host="a.wild.example.test", port=80, send="GET / HTTP/1.1\r\n\r\n", once=True),
@@ -108,6 +122,18 @@ SCENES = {
     "host budget": Scene(["www.example.test:*", "two.example.test:*"],
                          [fetch(MIB), to("after", host="two.example.test", send="y", half_close=True)],
                          {"network.host_download_max": "100KiB"}),
+    "host upload_max": Scene(BOTH, [to("after", size=MIB, half_close=True), to("after", "two.example.test", **SHORT)],
+                         {"network.host_upload_max": "100KiB"}),
+    "host connections_max": Scene(BOTH, [
+        do("flood", host="www.example.test", port=7, count=6, send="x"), to("echo", "two.example.test", **SHORT),
+    ], {"network.host_connections_max": 3}),
+    "host connections_at_once": Scene(BOTH, [
+        do("flood", host="www.example.test", port=7, count=6, hold=True, send="x"),
+        do("flood", host="two.example.test", port=7, count=2, hold=True, send="x"),
+    ], {"network.host_connections_at_once": 2}),
+    "host rate": Scene(BOTH, [fetch(MIB)], {"network.host_rate": "1MiB/s"}),
+    "host kill": Scene(BOTH, [do("flood", host="www.example.test", port=7, count=1000, send="x")],
+                       {"network.host_connections_max": 3, "on_breach": "kill"}),
     "kill": Scene(ALL, [fetch(3 * MIB), do("flood", host="www.example.test", port=7, count=10_000)],
                   {"download_max": "1MiB", "on_breach": "kill"}),
     "rate": Scene(ALL, [fetch(MIB)], {"network_rate": "1MiB/s"}),
@@ -146,7 +172,6 @@ def test_a_gigabyte_arrives_whole() -> None:
     assert scene.result["bytes"] == GIB + head
     assert scene.result["sha256"] == pattern_digest(GIB, scene.result["text"][:head].encode("latin-1"))
     assert scene.one(proto="http")["bytes_in"] == GIB + head
-    print(f"{GIB / MIB / scene.result['seconds']:.0f} MiB/s through the gateway")
 
 
 @pytest.mark.parametrize("name", ["v6", "v6 inside"])
@@ -185,6 +210,18 @@ def test_a_reset_is_passed_on(seen: dict[str, Seen]) -> None:
     assert (attempt["decision"], attempt["reason"]) == ("allow", "reset")
 
 
+def test_a_reset_from_inside_is_one_outside_and_an_end_is_an_end(seen: dict[str, Seen]) -> None:
+    _, after_reset, _, after_end = seen["reset from inside"].results
+    assert (after_reset["text"], after_end["text"]) == ("reset", "end")
+    assert [item["reason"] for item in seen["reset from inside"].attempts(transport="tcp")] == ["reset", *[None] * 3]
+
+
+def test_a_reader_inside_may_take_its_time(seen: dict[str, Seen]) -> None:
+    result, head = seen["sips"].result, f"HTTP/1.1 200 OK\r\ncontent-length: {2 * MIB}\r\n\r\n".encode()
+    assert result["bytes"] == 2 * MIB + len(head)
+    assert result["sha256"] == pattern_digest(2 * MIB, head)
+
+
 def test_a_slow_reader_gets_everything_in_its_own_time(seen: dict[str, Seen]) -> None:
     assert seen["slow reader"].result["ok"]
 
@@ -216,6 +253,14 @@ def test_dns_is_answered_at_any_address_and_from_there(seen: dict[str, Seen]) ->
     assert (local["answers"], local["from"]) == (1, "127.0.0.1")
     assert seen["dns"].one(decision="deny")["host"] == "evil.test"
     assert seen["dns"].one(decision="deny")["count"] == 2
+
+
+def test_other_types_of_records_are_empty_and_asked_nowhere(played: tuple[dict[str, Seen], list[str]]) -> None:
+    scenes, queries = played
+    *others, address = scenes["dns types"].results
+    assert {(result["code"], result["answers"]) for result in others} == {(0, 0)}
+    assert (address["code"], address["answers"]) == (0, 1)
+    assert "typed.wild.example.test" not in queries, "nobody connected, so nobody outside was asked"
 
 
 def test_no_refused_name_is_asked_outside(played: tuple[dict[str, Seen], list[str]]) -> None:
@@ -262,10 +307,32 @@ def test_a_hosts_budget_leaves_other_hosts_alone(seen: dict[str, Seen]) -> None:
     assert seen["host budget"].attempts(reason="budget")[0]["bytes_in"] == 100 * 1024
 
 
+@pytest.mark.parametrize("budget", ["upload_max", "connections_max", "connections_at_once"])
+def test_each_budget_of_a_host_leaves_other_hosts_alone(seen: dict[str, Seen], budget: str) -> None:
+    name, budget = f"host {budget}", f"host_{budget}"
+    attempts = seen[name].attempts(reason="budget", transport="tcp")
+    assert {(item["host"], item["detail"]) for item in attempts} == {("www.example.test", budget)}
+    passed = seen[name].attempts(host="two.example.test", transport="tcp")
+    assert {item["decision"] for item in passed} == {"allow"}
+
+
+def test_what_a_host_may_have_is_counted_exactly(seen: dict[str, Seen]) -> None:
+    assert seen["host upload_max"].attempts(reason="budget")[0]["bytes_out"] == 100 * 1024
+    assert seen["host connections_max"].result["data"] == 3
+    assert len([1 for label, _ in seen["host connections_max"].reached if label == "echo"]) == 4
+    assert [result["held data"] for result in seen["host connections_at_once"].results] == [2, 2]
+
+
+def test_the_rate_of_a_host_holds(seen: dict[str, Seen]) -> None:
+    assert seen["host rate"].result["ok"]
+    assert seen["host rate"].result["seconds"] > 0.5
+
+
 def test_a_breach_ends_the_call_when_the_manifest_says_so(seen: dict[str, Seen]) -> None:
+    for name in ("kill", "host kill"):
+        assert (seen[name].ending["kind"], seen[name].ending["fault"]) == ("limit:network", "tool")
+        assert seen[name].results == []
     scene = seen["kill"]
-    assert (scene.ending["kind"], scene.ending["fault"]) == ("limit:network", "tool")
-    assert scene.results == []
     assert scene.usage["network_bytes_in"] == MIB
 
 

@@ -70,6 +70,8 @@ def test_budgets_travel_with_the_rules() -> None:
         "connections_max": 7,
         "idle_time": "5s",
         "network.host_upload_max": "1kB",
+        "network.host_rate": "3MiB/s",
+        "network.host_connections_at_once": 4,
         "on_breach": "kill",
     }
     policy = planner_egress.policy(resolve("minimal", overrides=overrides).manifest)
@@ -78,4 +80,10 @@ def test_budgets_travel_with_the_rules() -> None:
     call, host = policy["call"], policy["host"]
     assert (call["upload_max_bytes"], call["download_max_bytes"], call["rate_bytes_per_s"]) == (1 << 20, None, 2 << 20)
     assert (call["connections_max"], call["idle_time_s"]) == (7, 5.0)
-    assert host == {"upload_max_bytes": 1000, "download_max_bytes": None, "connections_max": None}
+    assert host == {
+        "upload_max_bytes": 1000,
+        "download_max_bytes": None,
+        "rate_bytes_per_s": 3 << 20,
+        "connections_max": None,
+        "connections_at_once": 4,
+    }
