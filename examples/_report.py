@@ -107,14 +107,14 @@ def table_of_attempts(rows: list[dict[str, Any]]) -> Any:
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for line in network_of(row["inside"]):
             alike = "" if line["reason"] == "address_not_named" else line["host"]
-            facts = (str(line[name]) for name in ("transport", "proto", "decision", "rule", "reason", "detail"))
+            facts = (str(line[name] or "") for name in ("transport", "proto", "decision", "rule", "reason", "detail"))
             groups.setdefault((alike, *facts), []).append(line)
         for (_, transport, proto, decision, rule, reason, detail), lines in groups.items():
             hosts, ports = dict.fromkeys(line["host"] for line in lines), sorted({line["port"] for line in lines})
             where = next(iter(hosts)) + (f" … {list(hosts)[-1]} ({len(hosts)})" if len(hosts) > 1 else "")
             count = sum(line.get("count", 1) for line in lines)
             why = f"{reason}: {detail}" if detail and reason else reason
-            cells = [row["name"], where, ", ".join(map(str, ports)), proto or transport, str(count), decision]
+            cells = [row["name"], where, ", ".join(map(str, ports)), proto or transport or "-", str(count), decision]
             table.add_row(*cells, rule or "-", why)
     return table
 

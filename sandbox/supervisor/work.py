@@ -5,6 +5,7 @@ All of it works on descriptors and takes what the call left behind for hostile. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
@@ -82,7 +83,7 @@ class Work:
             return self._plan
         from sandbox.workspace import scan
 
-        self._scan = scan(self._root_fd, allow=self._allow)
+        self._scan = scan(self._root_fd, allow=self._allow, apart=_covered(self._plan))
         return self._plan.with_step_args("workspace", protected=self._scan.protected)
 
     def after(self, jail_fds: Mapping[str, int], *, own_user_namespace: bool) -> Left:
@@ -156,6 +157,17 @@ class Work:
         if self._root_fd >= 0:
             os.close(self._root_fd)
             self._root_fd = -1
+
+
+def _covered(plan: LaunchPlan) -> frozenset[tuple[int, int]]:
+    """The directories that are denied as a whole: the call cannot reach them, and the records may be among them."""
+    found = set()
+    for path in next((step.args["paths"] for step in plan.steps if step.name == "deny"), ()):
+        with contextlib.suppress(OSError):
+            info = os.lstat(path)
+            if stat.S_ISDIR(info.st_mode):
+                found.add((info.st_dev, info.st_ino))
+    return frozenset(found)
 
 
 def _listed(fd: int) -> dict[str, Any]:

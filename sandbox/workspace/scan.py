@@ -73,7 +73,7 @@ class Scan:
 
     `protected` are existing files and whole directories, topmost only, that the call may not change;
     `protected_links` the links among them, which cannot be bound over. Directories that could not be read stand in
-    `unreadable` with their state.
+    `unreadable` with their state. `apart`: directories, by device and inode, that the call cannot reach.
     """
 
     directories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -81,6 +81,7 @@ class Scan:
     protected_links: list[str] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    apart: frozenset[tuple[int, int]] = frozenset()
     root: bytes = b""
     count: int = 0
 
@@ -96,12 +97,21 @@ class Scan:
         return self.count
 
 
-def scan(root_fd: int, *, max_entries: int = MAX_ENTRIES, allow: Sequence[str] = ()) -> Scan:
+def scan(
+    root_fd: int,
+    *,
+    max_entries: int = MAX_ENTRIES,
+    allow: Sequence[str] = (),
+    apart: frozenset[tuple[int, int]] = frozenset(),
+) -> Scan:
     """Note everything below `root_fd`; what `allow` grants is not listed as protected.
+
+    `apart`: directories, by device and inode, that are covered inside. Neither this nor the sweep looks into them.
 
     Raises WorkspaceError when there is more than can be watched.
     """
     scanner = _Scanner(max_entries, tuple(allow))
+    scanner.result.apart = apart
     scanner.result.root = pack(os.fstat(root_fd))
     for directory in walk(root_fd):
         if isinstance(directory, Unreadable):
@@ -126,6 +136,8 @@ class _Scanner:
         for entry in directory.entries():
             names[entry.name] = pack(entry.status)
             self._count(entry.name)
+            if directory.stay_out(entry, self.result.apart):
+                continue
             if entry.is_dir:
                 self._note_subdirectory(directory, entry)
             else:

@@ -148,6 +148,8 @@ class _Sweeper:
         acting: list[Entry] = []
         for entry in directory.entries():
             names.add(entry.name)
+            if directory.stay_out(entry, self._before.apart):
+                continue
             earlier = old.get(entry.name)
             if entry.name == "HEAD" or (acts_in_git_dir(entry.name) and earlier != pack(entry.status)):
                 acting.append(entry)

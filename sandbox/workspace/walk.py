@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 from sandbox._linux import files
@@ -70,6 +70,13 @@ class Directory:
                 if is_dir and not too_deep:
                     self._found.append(item.name)
                 yield Entry(path, item.name, status, too_deep)
+
+    def stay_out(self, entry: Entry, apart: Container[tuple[int, int]]) -> bool:
+        """Whether `entry` is a directory of those in `apart`, (device, inode), which the walk then does not enter."""
+        if not apart or not entry.is_dir or (entry.status.st_dev, entry.status.st_ino) not in apart:
+            return False
+        self.do_not_enter(entry.name)
+        return True
 
     def do_not_enter(self, name: str) -> None:
         self._skipped.add(name)

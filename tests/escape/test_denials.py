@@ -114,6 +114,21 @@ def test_the_state_directory_is_hidden_when_its_parent_is_granted(tmp_path: Path
         assert records
 
 
+def test_a_workspace_that_holds_the_state_directory_is_swept_around_it(tmp_path: Path) -> None:
+    home = plant(tmp_path / "home", {"file": "fine"})
+    state = home / "local" / "state"
+    with Sandbox("shell", state=state, workspace=str(home), workspace_mode="rw") as box:
+        script = f"cd {home}; echo x > made; echo y > .envrc; echo up; sleep 0.5"
+        with box.stream(["sh", "-c", script]) as stream:
+            next(iter(stream))
+            plant(state, {"changes/theirs/upper/.envrc": "another call's"})
+            record = stream.outcome.record
+    assert record.ending.kind == "ok"
+    assert {item.path for item in record.files.written} == {"made", ".envrc"}
+    assert [item.subject for item in record.decisions] == [".envrc"]
+    assert (state / "changes/theirs/upper/.envrc").read_text() == "another call's"
+
+
 def test_the_state_directory_cannot_be_moved_away(tmp_path: Path) -> None:
     home = plant(tmp_path / "home", {"local/x": ""})
     state = home / "local" / "state"

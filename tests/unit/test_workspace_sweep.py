@@ -315,6 +315,25 @@ def test_a_quarantine_inside_the_workspace_is_not_swept_into_itself(work: Path) 
 
 
 @pytest.mark.needs("root")
+def test_a_directory_that_the_call_cannot_reach_is_not_looked_into(work: Path) -> None:
+    # Such as the state directory: other calls' records and changesets are written there meanwhile.
+    plant(work / "state", {"chains/a.jsonl": "1", "changes/1/upper/.git/hooks/post-commit": "theirs"})
+    info = (work / "state").stat()
+    with opened(work) as fd:
+        before = scan(fd, max_entries=1000, apart=frozenset({(info.st_dev, info.st_ino)}))
+    assert [path for path in before.paths() if path.startswith("state")] == ["state"]
+    assert not [path for path in before.protected if path.startswith("state")]
+    plant(work, {"state/chains/b.jsonl": "2", "state/changes/2/upper/.envrc": "theirs", "other/.envrc": "planted"})
+    result = swept(work, before)
+    assert taken(result) == {("other/.envrc", "env-dir", "moved")}
+    assert sorted(result.changes.added.paths) == ["other", "other/.envrc"]
+    assert (work / "state/changes/2/upper/.envrc").read_text() == "theirs"
+    # Its twin, looked into: what is found there is taken for the call's.
+    before = scanned(work)
+    plant(work / "state", {"changes/3/upper/.envrc": "theirs"})
+    assert taken(swept(work, before)) == {("state/changes/3/upper/.envrc", "env-dir", "moved")}
+
+
 def test_a_quarantine_on_another_file_system_gets_copies(work: Path) -> None:
     before = scanned(work)
     plant(work, {".vscode/tasks.json": "evil", ".idea": ("link", "/tmp")})
