@@ -18,13 +18,18 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 from sandbox import errors
 from sandbox._linux import wire
 from sandbox.errors import CallLost, InternalError, LauncherUnavailable, SandboxError
-from sandbox.host import HostFacts, delegation_prefix
+
+# Not from typing: a command line that starts us loads nothing that it does not need.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandbox.host import HostFacts
 
 # The package comes from where the caller has it, not from another copy on the interpreter's own path. The caller's
 # search path comes after the isolated interpreter's: what we need may be where only it points.
@@ -33,7 +38,7 @@ _BOOT = (
     "sys.path.extend(p for p in sys.argv[3:] if p not in sys.path); "
     "from sandbox.supervisor.main import run; run(sys.argv[1:3])"
 )
-PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 START_TIMEOUT_S = 60.0
 TOLD_MAX = 1000
 SLOTS_MAX = 1024
@@ -172,14 +177,15 @@ def _error(message: Mapping[str, Any]) -> SandboxError:
 class Link:
     """One supervisor process and the channel to it. Made by `shared`; starts on first use."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: str) -> None:
         self.state = state
         self.users = 0
         self.slots = Slots(slot_count())
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._facts: HostFacts | None = None
+        self._facts_json = b""
+        self._facts: tuple[bytes, HostFacts] | None = None
         self._in_scope = False
         self._scope_failed = False
         self._told: set[tuple[str, ...]] = set()
@@ -197,9 +203,9 @@ class Link:
             self._forget()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), str(self.state)]
-                argv += [str(PACKAGE_ROOT), *(path for path in sys.path if os.path.isabs(path))]
-                prefix = [] if self._scope_failed else delegation_prefix()
+                argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), self.state]
+                argv += [PACKAGE_ROOT, *(path for path in sys.path if os.path.isabs(path))]
+                prefix = [] if self._scope_failed else _delegation_prefix()
                 self._in_scope = bool(prefix)
                 self._process = subprocess.Popen(
                     [*prefix, *argv],
@@ -226,6 +232,17 @@ class Link:
 
     def facts(self) -> HostFacts:
         """What the host can enforce, as the supervisor found it. Waits for its start."""
+        data = self.facts_json()
+        with self._lock:
+            # Only those of this supervisor: another may have been started meanwhile.
+            if self._facts is None or self._facts[0] is not data:
+                from sandbox.host import HostFacts
+
+                self._facts = (data, HostFacts.from_json(json.loads(data)))
+            return self._facts[1]
+
+    def facts_json(self) -> bytes:
+        """The facts as the supervisor sent them. Waits for its start."""
         self.start()
         try:
             return self._known_facts()
@@ -238,17 +255,17 @@ class Link:
         self.start()
         return self._known_facts()
 
-    def _known_facts(self) -> HostFacts:
+    def _known_facts(self) -> bytes:
         with self._lock:
-            if self._facts is None:
-                self._facts = self._receive_facts()
-            return self._facts
+            if not self._facts_json:
+                self._facts_json = self._receive_facts()
+            return self._facts_json
 
     @property
     def is_started(self) -> bool:
-        return self._facts is not None
+        return bool(self._facts_json)
 
-    def _receive_facts(self) -> HostFacts:
+    def _receive_facts(self) -> bytes:
         assert self._control is not None
         self._control.settimeout(START_TIMEOUT_S)
         while True:
@@ -263,7 +280,7 @@ class Link:
             if message["ev"] == "hello":
                 self.supervisor_pid, self.zygote_pid = int(str(message["pid"])), int(str(message["zygote_pid"]))
                 with os.fdopen(fds[0], "rb") as file:
-                    facts = HostFacts.from_json(json.load(file))
+                    facts = file.read()
                 self._control.settimeout(None)
                 return facts
 
@@ -280,7 +297,7 @@ class Link:
         Raises NotHandedOver when the supervisor is gone: the message is one datagram, so it knows nothing of the call.
         """
         if self._control is None:
-            self.facts()
+            self.facts_json()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parts = {"ask": json.dumps(ask).encode()}
         if request is not None:
@@ -319,7 +336,7 @@ class Link:
         if self._control is not None:
             self._control.close()
             self._control = None
-        self._facts = None
+        self._facts_json, self._facts = b"", None
         self._told.clear()
         if self._process is not None:
             self._process.poll()
@@ -330,7 +347,7 @@ class Link:
         self.slots = Slots(slot_count())
         if self._control is not None:
             self._control.close()
-        self._control, self._process, self._facts = None, None, None
+        self._control, self._process, self._facts_json, self._facts = None, None, b"", None
         self._told.clear()
 
 
@@ -343,11 +360,24 @@ def _environment(*, for_systemd: bool) -> dict[str, str]:
     return env
 
 
+def _delegation_prefix() -> list[str]:
+    if os.geteuid() == 0:
+        return []  # as it says itself
+    from sandbox.host import delegation_prefix
+
+    return delegation_prefix()
+
+
+def close_all() -> None:
+    """End every supervisor of this process, for whoever leaves it without Python's own end."""
+    _REGISTRY.close_all()
+
+
 class _Registry:
     """The links of this process, one per state directory."""
 
     def __init__(self) -> None:
-        self.links: dict[Path, Link] = {}
+        self.links: dict[str, Link] = {}
         self.lock = threading.Lock()
 
     def drop_inherited(self) -> None:
@@ -369,10 +399,11 @@ os.register_at_fork(after_in_child=_REGISTRY.drop_inherited)
 atexit.register(_REGISTRY.close_all)
 
 
-def shared(state: Path) -> Link:
+def shared(state: str | os.PathLike[str]) -> Link:
     """The link for `state`, counted: give it back with `release`."""
+    path = os.fspath(state)
     with _REGISTRY.lock:
-        link = _REGISTRY.links.setdefault(state, Link(state))
+        link = _REGISTRY.links.setdefault(path, Link(path))
         link.users += 1
         return link
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dis
 import functools
-import getpass
 import importlib.util
 import os
-import shutil
 import site
 import sys
 import sysconfig
@@ -25,6 +23,7 @@ from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings
+from sandbox.prepare_places import allowed_variables, shown_prefixes, terminal_size
 from sandbox.prepare_secrets import extra_roots
 from sandbox.profiles import Resolved
 
@@ -36,7 +35,6 @@ SITE = "/run/sandbox/site"
 REQUEST_FD = "3"
 RESULT_FD = "4"
 _JAIL_CODE = Path(__file__).parent / "_jail"
-_VENV_PARTS = ("bin", "include", "lib", "lib64", "pyvenv.cfg", "share", "etc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +49,10 @@ class Interpreter:
 @functools.cache
 def interpreter() -> Interpreter:
     """Of this process: what the jail shows read-only, so that `python3` inside is the caller's own."""
-    prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
-    pairs: dict[tuple[str, str], None] = {}
-    for prefix in prefixes:
-        for shown in dict.fromkeys((os.path.realpath(prefix), os.path.abspath(prefix))):
-            # /usr is in every jail's view already.
-            if not f"{shown}/".startswith("/usr/"):
-                pairs.update(((os.path.realpath(part), part), None) for part in _parts(shown))
-    search = [f"{os.path.abspath(prefix)}/bin" for prefix in prefixes if not f"{prefix}/".startswith("/usr/")]
+    paths, search = shown_prefixes()
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     roots = [*(sysconfig.get_path(name) for name in names), *site.getsitepackages()]
-    return Interpreter(tuple(pairs), tuple(dict.fromkeys(search)), tuple(dict.fromkeys(roots)))
-
-
-def _parts(prefix: str) -> list[str]:
-    """The interpreter's own in a prefix. A virtual environment may be a project's top directory, secrets and all."""
-    if not os.path.exists(f"{prefix}/pyvenv.cfg"):
-        return [prefix]
-    return [f"{prefix}/{name}" for name in _VENV_PARTS if os.path.exists(f"{prefix}/{name}")]
+    return Interpreter(paths, search, tuple(dict.fromkeys(roots)))
 
 
 @functools.cache
@@ -117,18 +101,14 @@ def workspace(manifest: Manifest) -> Workspace:
 
 def allowed_environment(manifest: Manifest, source: Mapping[str, str]) -> dict[str, str]:
     """The caller's variables that the manifest names; `NAME*` names all that begin so."""
-    exact = set(manifest.environment.allow)
-    starts = tuple(name[:-1] for name in exact if name.endswith("*"))
-    if not starts:
-        return {name: source[name] for name in sorted(exact) if name in source}
-    return {name: value for name, value in source.items() if name in exact or (starts and name.startswith(starts))}
+    return allowed_variables(manifest.environment.allow, source)
 
 
 def surroundings(resolved: Resolved, spec: CallSpec, state: Path, extra_env: Mapping[str, str]) -> Surroundings:
     """Everything `planner.decide` wants to know of the caller's side."""
     manifest = resolved.manifest
     python = interpreter()
-    columns, rows = shutil.get_terminal_size((80, 24)) if spec.tty else (80, 24)
+    columns, rows = terminal_size() if spec.tty else (80, 24)
     runtime_files: tuple[tuple[str, str], ...] = ()
     if spec.kind == "function":
         runtime_files = function_files()
@@ -224,16 +204,6 @@ def policy(resolved: Resolved) -> dict[str, Any]:
         "sources": [list(source) for source in resolved.sources],
         "notes": list(resolved.notes),
     }
-
-
-@functools.cache
-def principal(pid: int) -> dict[str, Any]:
-    """Who asks: the user of this process."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = ""
-    return {"user": user, "uid": os.getuid(), "pid": pid}
 
 
 def call_data(spec: CallSpec) -> dict[str, Any]:

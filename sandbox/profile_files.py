@@ -18,10 +18,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+from sandbox import profile_places
 from sandbox.errors import ProfileError
 from sandbox.profile_lines import KeyLines, json_lines, toml_lines
 
-FILE_BYTES_MAX: Final = 1 << 20
 # The profile that is `[tool.sandbox]` itself, beside `[tool.sandbox.profiles.NAME]`.
 PROJECT: Final = "project"
 _LINE = re.compile(r"at line (\d+)")
@@ -50,29 +50,18 @@ class Document:
     sha256: str
 
 
-def is_path(source: str) -> bool:
-    """Whether a string means a file rather than a profile's name."""
-    return "/" in source or source.endswith((".toml", ".json"))
-
-
 def shipped_dir() -> Path:
-    """Profiles travel inside the wheel; in a checkout they lie at the top of the tree."""
-    here = Path(__file__).parent
-    inside = here / "shipped_profiles"
-    return inside if inside.is_dir() else here.parent / "profiles"
-
-
-def user_dir() -> Path:
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(base) / "sandbox" / "profiles"
+    """Where the profiles are that travel with the package."""
+    return Path(profile_places.shipped_dir())
 
 
 def all_places(project: Path) -> Iterator[Place]:
     """Every profile that has a name, as seen from a project's directory."""
-    yield from _in_directory(project / ".sandbox" / "profiles", "project")
+    (own, kind), *others = profile_places.directories(str(project))
+    yield from _in_directory(Path(own), kind)
     yield from _in_pyproject(project / "pyproject.toml")
-    yield from _in_directory(user_dir(), "user")
-    yield from _in_directory(shipped_dir(), "shipped")
+    for directory, kind in others:
+        yield from _in_directory(Path(directory), kind)
 
 
 def find(name: str, project: Path) -> Place:
@@ -132,9 +121,9 @@ def read_bytes(path: Path) -> bytes:
         os.close(fd)
         raise ProfileError("is not a regular file", where=str(path))
     with os.fdopen(fd, "rb") as file:
-        data = file.read(FILE_BYTES_MAX + 1)
-    if len(data) > FILE_BYTES_MAX:
-        raise ProfileError(f"is larger than {FILE_BYTES_MAX} bytes", where=str(path))
+        data = file.read(profile_places.FILE_BYTES_MAX + 1)
+    if len(data) > profile_places.FILE_BYTES_MAX:
+        raise ProfileError(f"is larger than {profile_places.FILE_BYTES_MAX} bytes", where=str(path))
     return data
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -226,7 +228,30 @@ def _expand(spec: Field, raw: str, base: Path) -> tuple[list[str], bool]:
     return [text], False
 
 
+_LOOKED_UP: ContextVar[list[str] | None] = ContextVar("toolcall_sandbox_looked_up", default=None)
+
+
+@contextmanager
+def looked_up() -> Iterator[list[str]]:
+    """What profiles that are resolved within say of the host's paths, `~` and `$VAR` in words or by program names: as
+    long as it says nothing, what comes out depends on the files that were read and on nothing else of the host."""
+    texts: list[str] = []
+    token = _LOOKED_UP.set(texts)
+    try:
+        yield texts
+    finally:
+        _LOOKED_UP.reset(token)
+
+
+def note_lookup(text: str) -> None:
+    """To be called before the host's paths are looked at for `text`."""
+    texts = _LOOKED_UP.get()
+    if texts is not None:
+        texts.append(text)
+
+
 def _program(text: str, base: Path, *, optional: bool) -> str:
+    note_lookup(text)
     if "/" in text or text.startswith(("~", "$")):
         return real_path(text, base)
     found = [f"{directory}/{text}" for directory in JAIL_PATH.split(":") if os.path.exists(f"{directory}/{text}")]
@@ -260,6 +285,8 @@ def real_path(text: str, base: Path) -> str:
 
 
 def _expand_words(text: str) -> str:
+    note_lookup(text)
+
     def value(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)
         if not name or not os.environ.get(name):

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from sandbox import profile_places
 from sandbox.errors import ManifestError, ProfileError
 from sandbox.manifest import Manifest
 from sandbox.profile_fields import BY_MANIFEST_KEY, FIELDS, SECRETS, SETTING, table_of
-from sandbox.profile_files import Place, all_places, find, is_path, place_of_file, read
+from sandbox.profile_files import Place, all_places, find, place_of_file, read
 from sandbox.profile_layers import (
     Item,
     Layer,
@@ -29,13 +30,13 @@ from sandbox.profile_layers import (
     to_manifest,
 )
 from sandbox.profile_narrow import apply_ceiling, widenings
-from sandbox.profile_parse import Source, flatten_overrides, parse_layer
+from sandbox.profile_parse import Source, flatten_overrides, note_lookup, parse_layer
+from sandbox.profile_places import is_path
 from sandbox.profile_schema import format_value
 
 __all__ = ["Origin", "ProfileInfo", "Resolved", "available", "load_names", "resolve"]
 
-SYSTEM_CEILING: Final = Path("/etc/sandbox/ceiling.toml")
-CEILING_VARIABLE: Final = "SANDBOX_CEILING"
+SYSTEM_CEILING: Final = Path(profile_places.SYSTEM_CEILING)
 DEPTH_MAX: Final = 10
 
 
@@ -241,6 +242,7 @@ class _Loader:
     def _load_parent(self, parent: str, source: Source, chain: tuple[Place, ...]) -> _Loaded:
         origin = source.origin("extends", asked=parent)
         if is_path(parent):
+            note_lookup(parent)
             place = place_of_file(source.base / os.path.expanduser(parent))
         else:
             try:
@@ -285,7 +287,7 @@ def _check_sealed(layer: Layer, bounds: tuple[Bound, ...]) -> None:
 def _ceilings(given: Path | None) -> Iterator[Path]:
     if _system_ceiling_is_there():
         yield SYSTEM_CEILING
-    variable = os.environ.get(CEILING_VARIABLE)
+    variable = os.environ.get(profile_places.CEILING_VARIABLE)
     path = given if given is not None else Path(variable) if variable else None
     if path is not None:
         yield Path(os.path.abspath(os.path.expanduser(path)))

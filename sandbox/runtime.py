@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sandbox import link as supervisor_link
-from sandbox import prepare, prepare_secrets
+from sandbox import prepare, prepare_places, prepare_secrets
 from sandbox._linux import wire
 from sandbox.audit.store import state_dir
 from sandbox.audit.view import Record
@@ -27,10 +27,12 @@ from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.host import HostFacts
 from sandbox.link import Link, NotHandedOver, Pending, Slots, Ticket
 from sandbox.manifest import Manifest
-from sandbox.outcome import Ending, Outcome
+from sandbox.outcome import Outcome
 from sandbox.plan import CallSpec, LaunchPlan
 from sandbox.planner import decide
+from sandbox.profile_parse import looked_up
 from sandbox.profiles import Resolved, resolve
+from sandbox.runtime_outcome import program_outcome
 
 if TYPE_CHECKING:
     from typing import Self
@@ -84,7 +86,10 @@ class Sandbox:
         self._link: Link | None = supervisor_link.shared(self._state)
         try:
             self._link.start()
-            self._resolved = resolve(profile, overrides=overrides or None, ceiling=ceiling)
+            with looked_up() as lookups:
+                self._resolved = resolve(profile, overrides=overrides or None, ceiling=ceiling)
+            # What the profile says of the host's paths; `runtime_keep` wants to know.
+            self._lookups = tuple(lookups)
         except BaseException:
             self.close()
             raise
@@ -183,12 +188,12 @@ class Sandbox:
         why: str = "",
         collect: Sequence[str] = (),
         tty: bool = False,
-    ) -> Passing:
+    ) -> Pending:
         """Run a program whose streams are pipes of the caller's: `stdin` to read from, `stdout_to` and `stderr_to` (or,
         with a terminal inside, `terminal_to`) to write to. `started` is closed when the tool runs. The command line's
         way."""
         job = self._program(argv, why=why, collect=collect, tty=tty, overrides={})
-        return Passing(job, self._submit(job, fds))
+        return self._submit(job, fds)
 
     # -- how a call gets from here to there ---------------------------------------------------------------------
 
@@ -303,7 +308,7 @@ class Sandbox:
         link.facts()  # a supervisor that died is started anew here, before anything is left out that it has not had
         ask: dict[str, Any] = {
             "call": prepare.call_data(job.spec),
-            "principal": prepare.principal(os.getpid()),
+            "principal": prepare_places.principal(os.getpid()),
             "durability": job.resolved.manifest.audit.durability,
         }
         policy = functools.partial(prepare.policy, job.resolved)
@@ -443,18 +448,9 @@ async def _readable(pending: Pending) -> dict[str, Any]:
 
 
 def outcome_of(job: Job, message: Mapping[str, Any]) -> Outcome:
-    """Build the outcome from what the supervisor sent: bytes and JSON, nothing that could run."""
-    sections = message["sections"]
-    outcome = Outcome(
-        ending=Ending(**{name: message["ending"][name] for name in Ending.__slots__}),
-        record=Record(json.loads(sections["record"])),
-        stdout=sections.get("stdout", b""),
-        stderr=sections.get("stderr", b""),
-        files={name.removeprefix("file:"): data for name, data in sections.items() if name.startswith("file:")},
-        changes=_changes(message),
-        denials=tuple(message.get("denials", ())),
-    )
-    reply = sections.get("result", b"")
+    """As `program_outcome`, with what a function returned."""
+    outcome = program_outcome(message)
+    reply = message["sections"].get("result", b"")
     if job.request is None or outcome.ending.kind not in ("ok", "tool_error") or (not reply and not outcome.ok):
         return outcome
     from sandbox.codec import decode_reply
@@ -467,32 +463,6 @@ def outcome_of(job: Job, message: Mapping[str, Any]) -> Outcome:
         failed = replace(outcome, ending=ending, error=error)
         error.record, error.outcome = outcome.record, failed
         return failed
-
-
-def _changes(message: Mapping[str, Any]) -> Any:
-    if not message.get("changes"):
-        return None
-    from sandbox.workspace import Changeset
-
-    return Changeset.load(Path(message["changes"]))
-
-
-class Passing:
-    """A call whose streams the caller carries. Leaving its `with` ends it."""
-
-    def __init__(self, job: Job, pending: Pending) -> None:
-        self._job = job
-        self.pending = pending
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.pending.close()
-
-    def outcome(self) -> Outcome:
-        """Wait for the end."""
-        return outcome_of(self._job, self.pending.take())
 
 
 class Stream:

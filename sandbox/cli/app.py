@@ -9,6 +9,7 @@ import typer
 
 from sandbox import __version__
 from sandbox.cli import FAILED, Ended
+from sandbox.cli.complain import complain
 from sandbox.errors import SandboxError
 
 # Command -> module; a module has `register(app)` for a command or `app` for a group.
@@ -89,17 +90,3 @@ def run(app: typer.Typer, argv: list[str]) -> None:
     except SandboxError as error:
         complain(error)
         sys.exit(FAILED)
-
-
-def complain(error: SandboxError) -> None:
-    """One message on standard error: what, and what to do about it."""
-    text = str(error)
-    prefix, _, rest = text.partition(": ")
-    if prefix.startswith("overrides "):
-        from sandbox.cli.options import option_of
-
-        text = f"{option_of(prefix.removeprefix('overrides ')) or prefix}: {rest}"
-    print(f"sandbox: {text}", file=sys.stderr)
-    record_id = getattr(error.record, "record_id", "")
-    if record_id:
-        print(f"sandbox: record {record_id}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -13,6 +14,7 @@ from sandbox.cli import FAILED, Ended
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import NoReturn
 
 
@@ -21,30 +23,65 @@ def main() -> None:
     _open_missing_streams()
     # Looking for garbage among what is being imported costs and finds nothing.
     gc.disable()
-    # Python would end an import with a traceback. Where nothing has begun the signal may as well end us as it ends any
-    # program; whoever started us with interrupts ignored keeps that.
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sandbox.cli import app
-
-    loaded = app.load(sys.argv)
-    if handler is signal.default_int_handler:
-        signal.signal(signal.SIGINT, handler)
-    gc.freeze()
-    gc.enable()
     try:
+        if sys.argv[1:2] == ["run"]:
+            _run_quickly()
+        with _quiet_interrupts():
+            from sandbox.cli import app
+
+            loaded = app.load(sys.argv)
+        gc.freeze()
+        gc.enable()
         app.run(loaded, sys.argv)
     except Ended as end:
         leave(end)
 
 
+def _run_quickly() -> None:
+    """Ends with the command's exit status, or comes back when it is to be done the usual way; nothing has run then."""
+    from sandbox.errors import SandboxError
+
+    with _quiet_interrupts():
+        from sandbox.cli import quick
+
+        ready = quick.prepare(sys.argv[2:])
+    if ready is None:
+        return
+    try:
+        status = ready.run()
+    except SandboxError as error:
+        from sandbox.cli.complain import complain
+
+        complain(error)
+        raise Ended(FAILED) from None
+    if status is not None:
+        raise Ended(status)
+
+
+@contextlib.contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """Python would end an import with a traceback. Where nothing has begun the signal may as well end us as it ends any
+    program; whoever started us with interrupts ignored keeps that."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def leave(end: Ended) -> NoReturn:
     """End with a tool's status, without taking the interpreter apart: that costs more than the rest of our part.
 
-    By now the supervisor has ended and what was begun is closed. Whoever cannot write out what they printed ends as
-    Python does, which says so.
+    What was begun is closed by now, apart from a supervisor that turned out not to be needed. Whoever cannot write
+    out what they printed ends as Python does, which says so.
     """
+    loaded = sys.modules.get("sandbox.link")
+    if loaded is not None:
+        loaded.close_all()
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from typing import Self
+    from types import TracebackType
+    from typing import Any, Self
 
 AFTER_S = 1.0
 

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from sandbox.cli import Ended, options
-from sandbox.cli.run import Request, execute
+from sandbox.cli.execute import Request, execute
 
 # Its argument is the profile's name. Bash where there is one, without the start files of the system.
 _SCRIPT = """

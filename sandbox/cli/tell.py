@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from sandbox.audit.canonical import visible
-from sandbox.cli.options import option_of
+from sandbox.cli.words import option_of
 from sandbox.grants import denied_by, path_within
 from sandbox.units import format_size, format_time
 

@@ -16,11 +16,17 @@ import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 from sandbox.cli import Ended
+from sandbox.cli.progress import Progress
 from sandbox.errors import SandboxError
 from sandbox.link import Pending
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _CHUNK_BYTES = 1 << 16
@@ -108,6 +114,30 @@ class Streams:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def carried(hand_over: Callable[[dict[str, int]], Pending], progress: Progress, *, tty: bool) -> dict[str, Any]:
+    """Hand a call over with streams of its own, carry them to its end, and give what the supervisor says of it."""
+    streams = Streams(terminal=tty)
+    try:
+        pending = hand_over(streams.fds)
+    finally:
+        streams.close_theirs()
+    with pending:
+        streams.carry(pending, progress.stop)
+        with Progress("finishing"):
+            message = pending.take()
+    progress.stop()
+    return message
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupt where no tool runs ends us as it would end any program, and the call with us."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Ended(128 + signal.SIGINT) from None
 
 
 def _read_blocking(fd: int) -> bytes:

@@ -107,7 +107,7 @@ def test_the_supervisors_environment_is_not_the_callers(tmp_path: Path, monkeypa
         assert box.run(["true"]).ok
         assert box._link is not None
         pids = (box._link.supervisor_pid, box._link.zygote_pid)
-        assert link.PACKAGE_ROOT.exists()
+        assert Path(link.PACKAGE_ROOT).exists()
         if os.geteuid() == 0:  # an ordinary user may not look into what made itself undumpable, which is as well
             for pid in pids:
                 environ = Path(f"/proc/{pid}/environ").read_bytes()

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "sandbox"
 # the files that it was split into for length: a file `profile_NAME.py` is part of `profiles` and has its place.
 LAYERS = (
     ("cli", "tool", "integrations", "fleet", "testing", "bench"),
-    ("runtime", "link", "prepare", "why"),
+    ("runtime", "link", "prepare", "why", "kept"),
     ("supervisor",),
     ("profiles", "planner", "launchers", "egress", "workspace", "gpu", "quotas", "monitor", "audit"),
     (
