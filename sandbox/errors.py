@@ -7,7 +7,10 @@ are raised for what the caller, the host or we caused, and by the decorator for 
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class SandboxError(Exception):

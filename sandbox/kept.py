@@ -3,7 +3,7 @@
 A kept plan lies under a name that is the digest of all that decides it (`ask`): the profile's name, the overrides, our
 own code, the interpreter, the directories and variables by which profiles are found. What else must be as it was is
 checked when it is found: every profile and ceiling that was read, byte by byte, and the host's facts (`Kept.fits`). The
-caller's variables are not in it: they are looked up for each call. docs/decisions/0085-kept-plans.md says what is never
+caller's variables are not in it: they are looked up for each call. docs/decisions/0081-kept-plans.md says what is never
 kept, and why nothing in a jail can write here.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import signal
@@ -14,63 +13,65 @@ from sandbox.cli import FAILED, Ended
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from typing import NoReturn
 
 
 def main() -> None:
     """Entry point. Exit status: the tool's own, 124 wall time, 125 ours, 126/127 cannot run, 128+N signal."""
     _open_missing_streams()
+    # Python would end an import with a traceback. Where nothing has begun the signal may as well end us as it ends any
+    # program; whoever started us with interrupts ignored keeps that.
+    handler = signal.getsignal(signal.SIGINT)
+    is_ours = handler is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Looking for garbage among what is being imported costs and finds nothing.
     gc.disable()
     try:
-        if sys.argv[1:2] == ["run"]:
-            _run_quickly()
-        with _quiet_interrupts():
-            from sandbox.cli import app
-
-            loaded = app.load(sys.argv)
-        gc.freeze()
-        gc.enable()
-        app.run(loaded, sys.argv)
+        run = _quick_run() or _usual_run()
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
+        run()
     except Ended as end:
         leave(end)
+    except KeyboardInterrupt:
+        leave(Ended(128 + signal.SIGINT))
 
 
-def _run_quickly() -> None:
-    """Ends with the command's exit status, or comes back when it is to be done the usual way; nothing has run then."""
+def _quick_run() -> Callable[[], None] | None:
+    """`run` where its plan was kept; it comes back when it has to be done the usual way after all."""
+    if sys.argv[1:2] != ["run"]:
+        return None
+    from sandbox.cli import quick
     from sandbox.errors import SandboxError
 
-    with _quiet_interrupts():
-        from sandbox.cli import quick
-
-        ready = quick.prepare(sys.argv[2:])
+    ready = quick.prepare(sys.argv[2:])
     if ready is None:
-        return
-    try:
-        status = ready.run()
-    except SandboxError as error:
-        from sandbox.cli.complain import complain
+        return None
 
-        complain(error)
-        raise Ended(FAILED) from None
-    if status is not None:
-        raise Ended(status)
+    def run() -> None:
+        try:
+            status = ready.run()
+        except SandboxError as error:
+            from sandbox.cli.complain import complain
+
+            complain(error)
+            raise Ended(FAILED) from None
+        if status is not None:
+            raise Ended(status)
+        _usual_run()()
+
+    return run
 
 
-@contextlib.contextmanager
-def _quiet_interrupts() -> Iterator[None]:
-    """Python would end an import with a traceback. Where nothing has begun the signal may as well end us as it ends any
-    program; whoever started us with interrupts ignored keeps that."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def _usual_run() -> Callable[[], None]:
+    from sandbox.cli import app
+
+    loaded = app.load(sys.argv)
+    gc.freeze()
+    gc.enable()
+    return lambda: app.run(loaded, sys.argv)
 
 
 def leave(end: Ended) -> NoReturn:

@@ -47,7 +47,7 @@ class Ready:
             except link.NotHandedOver:
                 return None
             link.release(self._link)
-        return self._told(message)
+            return self._told(message)
 
     def _hand_over(self, fds: dict[str, int]) -> Pending:
         plan, argv = self._plan, self._command

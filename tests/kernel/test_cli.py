@@ -442,20 +442,89 @@ def test_a_slow_start_is_shown_on_a_terminal_and_nowhere_else(terminal: Any, cli
     assert screen.wait() == 3
 
 
+LIGHT = (
+    "import os, sys; from sandbox.cli import main; sys.argv = ['sandbox', 'run', *sys.argv[1:]]\n"
+    "end = os._exit\n"
+    "def show(status): print(*sys.modules, flush=True); end(status)\n"
+    "os._exit = show; main.main()"
+)
+# `dataclasses` alone brings in `inspect`, `typing` takes as long as all of ours.
+NOT_NEEDED = {"asyncio", "rich", "typer", "pydantic", "numpy", "cloudpickle", "cryptography", "logging", "ssl"}
+NOT_NEEDED |= {"dataclasses", "inspect", "typing", "pathlib", "sandbox.codec", "sandbox.runtime", "sandbox.planner"}
+
+
 def test_a_run_loads_nothing_that_it_does_not_need(cli: Cli) -> None:
-    source = (
-        "import os, sys; from sandbox.cli import main; sys.argv = ['sandbox', 'run', '--', 'true']\n"
-        "end = os._exit\n"
-        "def show(status): print(*sys.modules, flush=True); end(status)\n"
-        "os._exit = show; main.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, env=environment(cli.state), check=True
-    )
-    loaded = set(done.stdout.split())
-    unwanted = {"asyncio", "rich", "numpy", "cloudpickle", "cryptography", "logging", "ssl", "sandbox.codec"}
-    assert "sandbox.runtime" in loaded
-    assert not unwanted & loaded
+    def loaded(*words: str) -> set[str]:
+        argv = [sys.executable, "-c", LIGHT, *words]
+        done = subprocess.run(
+            argv, capture_output=True, text=True, env=environment(cli.state), check=True, cwd=cli.cwd, timeout=60
+        )
+        return set(done.stdout.splitlines()[-1].split())
+
+    first, second = loaded("--", "true"), loaded("--why", "again", "--", "echo", "other words")
+    assert {"pydantic", "sandbox.planner"} <= first, "there was no plan yet"
+    assert "sandbox.link" in second
+    assert not NOT_NEEDED & second
+
+
+def test_a_kept_plan_is_the_one_that_is_decided_and_shown(cli: Cli) -> None:
+    words = ["--memory", "300MiB", "--agent", "me", "--why", "to see"]
+    outs = [cli("run", *words, "--", "sh", "-c", "pwd; env | sort; ulimit -a") for _ in range(3)]
+    assert outs[0].returncode == 0, outs[0].stderr
+    assert len({out.stdout for out in outs}) == 1
+    (path,) = (cli.state / "cache").glob("*.plan")
+    kept = json.loads(path.read_bytes()[32:])
+    shown = cli.json("plan", *words[:2], "--json")
+    own = {"argv", "env", "cwd"}
+    assert {k: v for k, v in kept["plan"].items() if k not in own} == {
+        k: v for k, v in shown["plan"].items() if k not in own
+    }
+    assert kept["policy"]["manifest_sha256"] == shown["manifest_sha256"]
+    decided, *others = [cli.json("audit", "show", entry["record_id"], "--json") for entry in records(cli)]
+    for record in others:
+        for group in ("policy", "enforcement", "tool", "isolation"):
+            assert record.get(group) == decided.get(group), group
+        assert record["context"] == decided["context"]
+        assert record["context"]["why"] == "to see"
+
+
+def records(cli: Cli) -> list[Any]:
+    found = cli.json("audit", "list", "--json")
+    assert isinstance(found, list)
+    return found
+
+
+def test_a_change_of_a_parent_or_a_ceiling_holds_for_the_next_run(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, ceiling = cli.cwd / "parent.toml", cli.cwd / "ceiling.toml"
+    parent.write_text('extends = "shell"\n[resources]\nopen_files = 101\n')
+    (cli.cwd / "child.toml").write_text('extends = "./parent.toml"\n')
+    (cli.cwd / "named.toml").write_text('extends = "shell"\n[resources]\nopen_files = 101\n')
+    for profile, file in (("child.toml", parent), ("named.toml", cli.cwd / "named.toml")):
+        run = ("run", "-p", f"./{profile}", "--", "sh", "-c", "ulimit -n")
+        assert [cli(*run).stdout for _ in range(2)] == ["101\n"] * 2
+        file.write_text(file.read_text().replace("101", "102"))
+        assert [cli(*run).stdout for _ in range(2)] == ["102\n"] * 2
+    ceiling.write_text("[resources]\nopen_files = 90\n")
+    monkeypatch.setenv("SANDBOX_CEILING", str(ceiling))
+    assert [cli(*run).stdout for _ in range(2)] == ["90\n"] * 2
+    ceiling.write_text("[resources]\nopen_files = 80\n")
+    assert cli(*run).stdout == "80\n"
+
+
+def test_a_variable_that_is_passed_on_is_the_one_of_the_moment(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("UTC", "UTC", "CET"):
+        monkeypatch.setenv("TZ", value)
+        assert cli("run", "--", "sh", "-c", "echo $TZ").stdout == f"{value}\n"
+    assert b"CET" not in b"".join(path.read_bytes() for path in (cli.state / "cache").glob("*.plan"))
+
+
+def test_what_depends_on_more_than_is_checked_is_not_kept(cli: Cli) -> None:
+    (cli.cwd / "data").mkdir()
+    for words in (["--read", "data"], ["-w", "."], ["--set-env", "A=b"], ["--deny", "/etc/hosts"]):
+        assert cli("run", *words, "--", "true").returncode == 0, words
+    assert not list((cli.state / "cache").glob("*.plan"))
+    assert cli("run", "--deny", "**/.env", "--", "true").returncode == 0
+    assert len(list((cli.state / "cache").glob("*.plan"))) == 1
 
 
 # -- workspaces and files -------------------------------------------------------------------------------------------
