@@ -27,7 +27,7 @@ test: venv ## all tests; as root also the user-mode ones as an ordinary user
 	@if [ "$$(id -u)" = 0 ]; then $(MAKE) --no-print-directory test-user; fi
 
 test-user: venv ## kernel and escape tests as an unprivileged uid (needs root)
-	scripts/as-user python -m pytest -n 2 --dist loadscope -p no:cacheprovider tests/kernel tests/escape
+	scripts/as-user python -m pytest -n 2 --dist loadscope -p no:cacheprovider tests/kernel tests/escape tests/conformance
 
 test-v2: venv ## the tests that depend on the kernel and its cgroups, on a cgroup v2 machine (qemu)
 	scripts/test-v2

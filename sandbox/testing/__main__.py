@@ -41,6 +41,8 @@ def _report(name: str, image: str, best_effort: list[str]) -> Report:
         isolation["image"] = image
     print(f"{name}:")
     report = check_launcher(launcher, on_finding=_tell, **isolation)
+    if report.short:
+        print(f"  this host cannot hold {', '.join(report.short)}: tried without")
     print(report)
     return report
 

@@ -23,6 +23,8 @@ REFUSED: Final = "refused"
 NOT_TRIED: Final = "not tried"
 # A wall that does not hold must not hurt the machine that tests it.
 _BOUNDS: Final = {"memory": "128MiB", "pids": 32, "disk": "16MiB", "output": "1MiB"}
+# What a host may lack without leaving the call uncontained.
+_LIMITS: Final = {"memory", "pids", "cpus", "cpu_time", "io"}
 # Emulated machines take many times as long for everything.
 TIME_FACTOR: Final = float(os.environ.get("SANDBOX_TIME_FACTOR", "1"))
 
@@ -57,6 +59,8 @@ class Report:
     launcher: str
     isolation: Mapping[str, Any]
     findings: list[Finding] = field(default_factory=list)
+    # Limits that this host cannot hold for anybody: less of them was accepted, except where they were what was tried.
+    short: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         counts = {verdict: len(self.of(verdict)) for verdict in (HELD, REFUSED, BROKEN, NOT_TRIED)}
@@ -84,16 +88,27 @@ class Stage:
         self.isolation = dict(isolation)
         self.state = state
         self.tried = ""
+        self.short: tuple[str, ...] = ()
         # Not below /tmp: that is one of the tool's private places.
         base = "/var/lib" if os.access("/var/lib", os.W_OK) else str(Path.home())
         self.tree = Path(tempfile.mkdtemp(prefix="sandbox-check-", dir=base))
         os.chmod(self.tree, 0o755)  # noqa: S103 - the tool is somebody else
 
+    def find_short(self) -> None:
+        """See which limits this host cannot hold here: they are missing in every check, and on trial in their own."""
+        try:
+            self.run(["true"])
+        except Unenforceable as error:
+            self.short = tuple(sorted({*error.controls} & _LIMITS))
+        except SandboxError:
+            return  # every check will say why
+
     def box(self, **sections: Any) -> Sandbox:
         """A sandbox of this launcher. Sections are added to what every check has: bounds, and a private workspace."""
         isolation = {**self.isolation, **sections.pop("isolation", {})}
         # What may be less than full elsewhere must be full where it is what is being tried.
-        isolation["best_effort"] = [name for name in isolation.get("best_effort", ()) if name != self.tried]
+        accepted = {*isolation.get("best_effort", ()), *self.short} - {self.tried}
+        isolation["best_effort"] = sorted(accepted)
         manifest: dict[str, Any] = {
             "resources": {**_BOUNDS, "wall_time": f"{60 * TIME_FACTOR}s", **sections.pop("resources", {})},
             "filesystem": {"write": [":workspace"], **sections.pop("filesystem", {})},

@@ -70,7 +70,7 @@ def check_launcher(
         only: names of checks; all by default.
         on_finding: told of each finding as it comes.
         **isolation: more of the manifest's section: `image`, `runtime`, and `best_effort` for what may be less than
-            full in every check but its own.
+            full in every check but its own. What this host cannot hold is added by itself: see `Report.short`.
 
     Returns: the report; `.ok` when nothing is broken, `.require()` raises otherwise.
     Raises: ValueError for a name in `only` that no check has; RuntimeError under `python -O`.
@@ -85,6 +85,8 @@ def check_launcher(
         stage = Stage(report.isolation, Path(state or place))
         try:
             with stage.box():  # one supervisor for all checks
+                stage.find_short()
+                report.short = stage.short
                 for check in CHECKS:
                     if not wanted or check.name in wanted:
                         report.findings.append(judge(check, stage))
