@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -320,3 +322,33 @@ def test_a_gateway_that_is_full_refuses_and_goes_on() -> None:
     assert held["held data"] == (512 - 256) // 2
     assert {item["reason"] for item in told["network"] if item["decision"] == "deny"} == {"gateway_busy"}
     assert after["ok"]
+
+
+def on_the_command_line() -> dict[str, Any]:
+    furnish()
+    tries = [get("evil.test"), get("www.example.test"), get(OTHER), get(OTHER), get("evil.test"), get(OTHER)]
+    argv = [
+        sys.executable,
+        "-m",
+        "sandbox.cli.main",
+        "run",
+        "--profile",
+        "python",
+        "--allow-host",
+        "www.example.test:80",
+        "--",
+    ]
+    done = subprocess.run([*argv, *probe(*tries)], capture_output=True, text=True, timeout=60)
+    return {"exit": done.returncode, "out": done.stdout, "err": done.stderr}
+
+
+def test_the_command_line_says_each_denial_once() -> None:
+    told = run_in_world(on_the_command_line, {**HOSTS, "evil.test": OTHER})
+    assert told["exit"] == 0, told
+    assert "you asked for /x" in json.loads(told["out"])[1]["text"]
+    lines = [line for line in told["err"].splitlines() if "not permitted" in line]
+    assert len(lines) == 2, lines
+    for line, what in zip(sorted(lines), (f"connecting to {OTHER}:80", "looking up evil.test"), strict=True):
+        assert what in line
+        assert "www.example.test:80" in line, "what is permitted"
+        assert line.endswith("Retrying will not help.")
