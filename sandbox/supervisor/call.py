@@ -108,6 +108,8 @@ class Call:
             await self.jail.wait_dead()
         if self.stopped:
             self.reaction_s = time.monotonic() - started
+        if self.egress is not None:
+            self.egress.begin_finish(drain=not self.stopped)
         await self._drain()
         return self._seen()
 

@@ -45,8 +45,6 @@ async def gather(
     gathered = closing(ending, started)
     if call is None:
         return gathered
-    if call.egress is not None:
-        call.egress.begin_finish(drain=not call.stopped)
     output: dict[str, Any] = {}
     for name, pump in call.pumps.items():
         key = "stdout" if name == "terminal" else name
