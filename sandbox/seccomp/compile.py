@@ -107,7 +107,8 @@ def compile_policy(policy: Mapping[str, Any], arch: str) -> bytes:
 def _library() -> Any:
     """pyseccomp, which is untyped. Loading it runs `ldconfig`, so it waits until something is really compiled."""
     try:
-        import pyseccomp
+        with linux_seccomp.libraries_by_name():
+            import pyseccomp
     except ImportError as error:
         raise LauncherUnavailable(
             "cannot compile a seccomp filter: pyseccomp is missing", step="seccomp", hint="pip install pyseccomp"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import errno
+import importlib
 import os
 import random
 import statistics
@@ -295,3 +297,12 @@ def test_listing_names_calls_and_answers() -> None:
     )
     lines = list(bpf.listing(program, {1: "write"}))
     assert lines == ["   0 ld   0x0", "   1 jeq  write 2 3", "   2 ret  EPERM", "   3 ret  allow"]
+
+
+def test_libseccomp_is_found_where_nothing_tells_the_names_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.util.find_library", lambda _name: None)
+    monkeypatch.delitem(sys.modules, "pyseccomp")
+    with pytest.raises(RuntimeError, match="libseccomp"):
+        importlib.import_module("pyseccomp")
+    assert compiler._library().SyscallFilter
+    assert ctypes.util.find_library("seccomp") is None, "only while it is loaded"
