@@ -60,7 +60,8 @@ class CallSpec:
     """What the caller wants run under a manifest; the manifest itself says what it may do.
 
     `kind` "program": `argv` is executed. "function": `argv` is the interpreter with our runner, the function
-    and its arguments travel as bytes on the request descriptor. `tool` names it in the record.
+    and its arguments travel as bytes on the request descriptor. `tool` names it in the record. `is_single`: its caller
+    makes no other, so nothing is made ready for a next one.
     """
 
     kind: Literal["program", "function"]
@@ -81,6 +82,7 @@ class CallSpec:
     arguments_sha256: str = ""
     arguments: Any = None
     preload: tuple[str, ...] = ()
+    is_single: bool = False
 
 
 @dataclass(frozen=True, slots=True)

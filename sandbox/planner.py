@@ -368,7 +368,7 @@ def _is_general(manifest: Manifest, call: CallSpec, around: Surroundings) -> boo
 
 def _template(manifest: Manifest, call: CallSpec, around: Surroundings) -> dict[str, Any] | None:
     """A function's template imports with the call's own environment; a program's has neither imports nor any of it."""
-    if call.tty or not manifest.process.warm or not _is_general(manifest, call, around):
+    if call.tty or call.is_single or not manifest.process.warm or not _is_general(manifest, call, around):
         return None
     if call.kind == "program":
         return {"function": False}

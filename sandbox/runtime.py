@@ -188,11 +188,12 @@ class Sandbox:
         why: str = "",
         collect: Sequence[str] = (),
         tty: bool = False,
+        is_single: bool = False,
     ) -> Pending:
         """Run a program whose streams are pipes of the caller's: `stdin` to read from, `stdout_to` and `stderr_to` (or,
         with a terminal inside, `terminal_to`) to write to. `started` is closed when the tool runs. The command line's
-        way."""
-        job = self._program(argv, why=why, collect=collect, tty=tty, overrides={})
+        way, which makes a single call (`is_single`) and no other."""
+        job = self._program(argv, why=why, collect=collect, tty=tty, is_single=is_single, overrides={})
         return self._submit(job, fds)
 
     # -- how a call gets from here to there ---------------------------------------------------------------------
@@ -213,6 +214,7 @@ class Sandbox:
         context: CallContext | None = None,
         why: str = "",
         tty: bool = False,
+        is_single: bool = False,
         overrides: Mapping[str, Any],
     ) -> Job:
         _check_program(argv, env or {}, cwd, collect)
@@ -224,6 +226,7 @@ class Sandbox:
             tool=os.path.basename(argv[0]),
             cwd=cwd,
             tty=tty,
+            is_single=is_single,
             collect=tuple(collect),
             workspace=prepare.workspace(resolved.manifest),
             **_context_fields(replace(context, why=why) if why else context),
@@ -275,7 +278,7 @@ class Sandbox:
             return None
         caller_env = prepare.allowed_environment(manifest, os.environ)
         env = (tuple(sorted(caller_env.items())), tuple(sorted(job.env.items())))
-        kind = (spec.kind, spec.argv[0], spec.cwd, spec.workspace, spec.preload)
+        kind = (spec.kind, spec.argv[0], spec.cwd, spec.workspace, spec.preload, spec.is_single)
         return (job.resolved.digest, id(facts), kind, env, prepare.engine(manifest))
 
     def _live_link(self) -> Link:

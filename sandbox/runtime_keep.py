@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def answer(box: Sandbox, *, tty: bool) -> dict[str, Any] | None:
     """The kept form of a program's plan; None for one that depends on more than `kept` checks, or is refused."""
-    job = box._program(["true"], tty=tty, overrides={})
+    job = box._program(["true"], tty=tty, is_single=True, overrides={})
     resolved, link = job.resolved, box._live_link()
     facts = link.facts()
     if box._lookups or not _is_lasting(resolved):

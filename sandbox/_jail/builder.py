@@ -15,7 +15,7 @@ import os
 import signal
 
 # All of it now: once the root has changed, nothing of ours can be found on disk any more.
-from sandbox._jail import pid1, template, view
+from sandbox._jail import pid1, view
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
 from sandbox._linux import process, syscalls, wire
 
@@ -29,6 +29,9 @@ def run(message: dict[str, object], fds: list[int], zygote_pid: int) -> None:
     if os.getppid() != zygote_pid:
         os._exit(0)
     launch = Launch(message, fds)
+    if "template" in launch.plan:
+        # Not in the zygote, which most commands start for a single program; and now, while the package is in sight.
+        from sandbox._jail import template
     try:
         pid, pidfd, release = _build(launch)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail

@@ -18,6 +18,7 @@ import os
 import signal
 
 from sandbox._jail import builder, runtimes, steps, view
+from sandbox._jail import keystore as _keystore  # noqa: F401 - for the step `trust`: inside there is no package
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from sandbox._jail import inside, keystore
+from sandbox._jail import inside
 from sandbox._linux import mounts
 
 TYPE_CHECKING = False
@@ -37,6 +37,10 @@ def trust(launch: Launch, args: dict[str, Any]) -> None:
         _cover(launch, path, args["bundle_file"])
     java = [path for path in args["java_covers"] if os.path.isfile(path)]
     if java:
+        # Its hash brings OpenSSL along, a fifth of the zygote's start. Where a container's root is entered before this
+        # step, whoever does that has loaded it.
+        from sandbox._jail import keystore
+
         _write(launch, args["java_file"], keystore.from_pem(roots + args["authority"].encode()))
     for path in java:
         _cover(launch, path, args["java_file"])

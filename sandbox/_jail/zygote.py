@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-from sandbox._jail import builder, container, userspace
+from sandbox._jail import builder
 from sandbox._linux import process, wire
 
 
@@ -69,6 +69,8 @@ def _launch(control: socket.socket, message: dict[str, object], fds: list[int], 
             os.close(fd)
         control.close()
         if "runtime" in message:
+            from sandbox._jail import container, userspace
+
             kind = userspace.Attendant if message["runtime"] == "runsc" else container.SharedKernel
             container.run(message, fds, zygote_pid, kind)
         builder.run(message, fds, zygote_pid)

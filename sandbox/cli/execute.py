@@ -76,7 +76,7 @@ def carry_out(box: Sandbox, request: Request, progress: Progress) -> Outcome:
 
     def hand_over(fds: dict[str, int]) -> Pending:
         with call_context(**request.context):
-            return box.passing(request.command, fds, collect=request.collect, tty=tty)
+            return box.passing(request.command, fds, collect=request.collect, tty=tty, is_single=True)
 
     outcome = program_outcome(carried(hand_over, progress, tty=tty))
     tell(outcome, request.command, box.state)

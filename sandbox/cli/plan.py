@@ -65,7 +65,7 @@ def _decider(resolved: Resolved, argv: tuple[str, ...], state: str | None) -> Ca
     from sandbox.plan import CallSpec
     from sandbox.planner import decide
 
-    spec = CallSpec("program", argv, argv[0], workspace=prepare.workspace(resolved.manifest))
+    spec = CallSpec("program", argv, argv[0], workspace=prepare.workspace(resolved.manifest), is_single=True)
     around = prepare.surroundings(resolved, spec, state_dir(state), {})
     try:
         facts = host.probe_apart()
