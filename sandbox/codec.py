@@ -197,6 +197,8 @@ def granted_sys_path(grants: Iterable[str]) -> list[str]:
     For `EncodedCall.request` and, as roots, for `importable_under`.
     """
     prefixes = tuple(os.path.realpath(grant).rstrip("/") + "/" for grant in grants)
+    if not prefixes:
+        return []
     entries = (os.path.realpath(entry or ".") for entry in sys.path)
     return list(dict.fromkeys(entry for entry in entries if (entry + "/").startswith(prefixes)))
 

@@ -313,6 +313,10 @@ class Link:
         except OSError as error:
             ours.close()
             raise NotHandedOver(f"the supervisor is gone: {error}") from error
+        except BaseException:
+            # An interrupt: the call may have been handed over. The traceback would hold its channel open.
+            ours.close()
+            raise
         return Pending(ours, ticket)
 
     def close(self) -> None:

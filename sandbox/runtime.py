@@ -323,7 +323,7 @@ class Sandbox:
         except Unenforceable as refusal:
             ask["refused"] = {"fault": "host", "message": refusal.message}
             with link.submit(ask, None, {}, ticket) as pending:
-                refusal.record = Record(json.loads(pending.take()["sections"]["record"]))
+                refusal.record = Record.of_line(pending.take()["sections"]["record"])
             raise
         secrets = prepare_secrets.values(job.resolved.manifest, self._secret_values)
         # What is large is not carried through the supervisor: it passes the file on.

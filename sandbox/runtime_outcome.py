@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ def program_outcome(message: Mapping[str, Any]) -> Outcome:
     sections = message["sections"]
     return Outcome(
         ending=Ending(**{name: message["ending"][name] for name in Ending.__slots__}),
-        record=Record(json.loads(sections["record"])),
+        record=Record.of_line(sections["record"]),
         stdout=sections.get("stdout", b""),
         stderr=sections.get("stderr", b""),
         files={name.removeprefix("file:"): data for name, data in sections.items() if name.startswith("file:")},

@@ -16,7 +16,7 @@ import os
 import sys
 
 from sandbox._jail import runner
-from sandbox._linux import process, syscalls, wire
+from sandbox._linux import process, scheduling, syscalls, wire
 from sandbox._linux.batch import Batch
 from sandbox._linux.inbox import Inbox
 
@@ -41,6 +41,9 @@ class Seat:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.inbox = Inbox()
         self._request = b""
+        self.parking = Batch()
+        # To have the core as soon as the call comes, also where others are at work.
+        scheduling.add_turns(self.parking, scheduling.SHORT_NS)
         self.starting = self._make_starting(settings["cwd"])
 
     def _make_starting(self, cwd: str) -> Batch:
@@ -53,6 +56,7 @@ class Seat:
         batch.add("dup3 result", dup3, result, _RESULT, os.O_CLOEXEC, instead={errno.EINVAL: None})
         # The status channel closes here: from now on nothing of ours is open but the result.
         batch.add("close_range", syscalls.NR_CLOSE_RANGE, _RESULT + 1, 0xFFFFFFFF, 0)
+        scheduling.add_turns(batch, scheduling.USUAL_NS)
         batch.add(f"chdir {cwd}", syscalls.number("chdir"), batch.address(os.fsencode(cwd)))
         # As for any program: its own /proc entries are the tool's to use. All of this memory is the tool's.
         batch.prctl("PR_SET_DUMPABLE", process.PR_SET_DUMPABLE, 1)
@@ -98,6 +102,7 @@ def prepare() -> None:
 def run(launch: Launch, seat: Seat) -> None:
     """Take the call and run it. Does not return."""
     seat.inbox.socket_fd.value = launch.fds["status"]
+    seat.parking.run()
     special = seat.wait()
     request = seat.request()
     seat.starting.run()

@@ -15,7 +15,7 @@ import socket
 import sys
 
 from sandbox._jail import builder
-from sandbox._linux import process, wire
+from sandbox._linux import process, scheduling, wire
 
 
 def main(control_fd: int) -> None:
@@ -26,6 +26,7 @@ def main(control_fd: int) -> None:
         os._exit(0)
     control = socket.socket(fileno=control_fd)
     os.umask(0o022)
+    scheduling.take_turns(scheduling.USUAL_NS)
     _take_back_ignored_signals()
     # Its children live for milliseconds; a collection in one of them would only copy pages that they share.
     gc.disable()

@@ -31,6 +31,7 @@ _OLDER = {
     "prctl": (157, 167),
     "prlimit64": (302, 261),
     "recvmsg": (47, 212),
+    "sched_setattr": (314, 274),
     "setdomainname": (171, 162),
     "sethostname": (170, 161),
     "setns": (308, 268),

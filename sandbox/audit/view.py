@@ -7,6 +7,7 @@ method of mappings (`items`, `get` ...) is reached with brackets.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,7 +78,22 @@ def _wrap(value: Any) -> Any:
 class Record(View):
     """What is on record about one call: the groups that `docs/record.md` describes."""
 
-    __slots__ = ()
+    __slots__ = ("_line",)
+    _line: bytes
+
+    @classmethod
+    def of_line(cls, line: bytes) -> Record:
+        """The record that stands in one line of a chain, read when it is looked at: most callers want the value."""
+        record = cls.__new__(cls)
+        object.__setattr__(record, "_line", line)
+        return record
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_data":
+            # Two threads may both do this, and find the same.
+            object.__setattr__(self, "_data", json.loads(self._line))
+            return self._data
+        return super().__getattr__(name)
 
     @property
     def record_id(self) -> str:

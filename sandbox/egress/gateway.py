@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox._linux import landlock, netlink, process, wire
+from sandbox._linux import landlock, netlink, process, scheduling, wire
 from sandbox.egress.addresses import Address
 from sandbox.egress.handlers import Handler, handlers
 from sandbox.egress.hello import quiet_about_names
@@ -207,6 +207,8 @@ def main(control_fd: int, uid: int, mode: str) -> None:
     """Serve on `control_fd` until the supervisor closes it. `mode` "http": also calls with HTTP rules and secrets."""
     control = socket.socket(fileno=control_fd)
     os.umask(0o077)
+    # The supervisor's control comes before the bytes that pass here.
+    scheduling.take_turns(scheduling.USUAL_NS)
     fds_max = _raise_fds_max()
     # What is imported late would be read with an unprivileged uid, perhaps from a directory that it may not enter.
     with contextlib.suppress(UnicodeError):

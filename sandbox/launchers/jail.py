@@ -104,15 +104,20 @@ def mount_point(state: Path) -> Path:
 
 async def wait_readable(loop: asyncio.AbstractEventLoop, fd: int, timeout_s: float) -> bool:
     """Whether `fd` (a pidfd: its process has ended) became readable in time."""
-    event = asyncio.Event()
-    loop.add_reader(fd, event.set)
+    # Not asyncio.wait_for, which makes a task of what it waits for.
+    answer: asyncio.Future[bool] = loop.create_future()
+
+    def tell(value: bool) -> None:
+        if not answer.done():
+            answer.set_result(value)
+
+    loop.add_reader(fd, tell, True)
+    timer = loop.call_later(timeout_s, tell, False)
     try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return False
+        return await answer
     finally:
         loop.remove_reader(fd)
-    return True
+        timer.cancel()
 
 
 class Jail:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from sandbox._linux import process, wire
+from sandbox._linux import process, scheduling, wire
 from sandbox.errors import SandboxError
 
 
@@ -67,6 +67,8 @@ async def _run(control: socket.socket, state: Path) -> int:
     # Only now: the probes fork, and a process that is not dumpable cannot write its own id maps.
     process.set_not_dumpable()
     supervisor.prepare()
+    # What we do is short and others wait for it. What we start takes the usual turns again.
+    scheduling.take_turns(scheduling.SHORT_NS)
     # What is here now stays: looking through all of it for garbage again and again would cost a share of each call.
     gc.freeze()
     gc.set_threshold(5000, 20, 20)

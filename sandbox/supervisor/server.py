@@ -185,7 +185,9 @@ class Supervisor:
         return ask
 
     async def _open_record(self, ask: dict[str, Any], call_id: str) -> dict[str, Any]:
+        key = (ask.get("policy_id"), ask.get("plan_id"), *ask["principal"].values())
         opening = audit_record.Opening(
+            common=self._commons.get(key),
             record_id=audit_record.new_record_id(),
             call_id=call_id,
             time_start=audit_record.rfc3339(time.time_ns()),
@@ -196,22 +198,23 @@ class Supervisor:
             principal=ask["principal"],
             producer_version=__version__,
         )
-        opened = audit_record.opened_record(replace(opening, common=self._common(ask, opening)))
+        if opening.common is None:
+            opening = replace(opening, common=self._common(key, ask, opening))
+        opened = audit_record.opened_record(opening)
         self.chain.append_opened(opened, durability="flush")
         if ask["durability"] == "fsync":
             # Several calls at once share one wait for the disk.
             await asyncio.to_thread(self.chain.sync)
         return opened
 
-    def _common(self, ask: dict[str, Any], opening: audit_record.Opening) -> audit_record.Common:
+    def _common(self, key: tuple[Any, ...], ask: dict[str, Any], opening: audit_record.Opening) -> audit_record.Common:
         """What its record shares with others: calls of one kind differ in few of their record's groups."""
-        key = (ask.get("policy_id"), ask.get("plan_id"), *ask["principal"].values())
-        if key not in self._commons:
-            if len(self._commons) >= COMMONS_MAX:
-                self._commons.clear()
-            plan: LaunchPlan | None = ask.get("plan")
-            self._commons[key] = audit_record.common(replace(opening, plan=_plan_data(plan) if plan else None))
-        return self._commons[key]
+        if len(self._commons) >= COMMONS_MAX:
+            self._commons.clear()
+        plan: LaunchPlan | None = ask.get("plan")
+        made = audit_record.common(replace(opening, plan=_plan_data(plan) if plan else None))
+        self._commons[key] = made
+        return made
 
     async def _run_call(self, reply: socket.socket, ask: dict[str, Any], fds: dict[str, int]) -> None:
         started = time.monotonic()
