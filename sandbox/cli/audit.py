@@ -218,8 +218,9 @@ def _print_reports(reports: list[Any]) -> None:
     good = sum(report.broken is None for report in reports)
     typer.echo(f"{good} of {len(reports)} chains verify: {records} records in {entries} entries")
     if good:
+        which = "This shows" if good == len(reports) else "Of those that do it shows"
         typer.echo(
-            "This shows that nothing in them was changed, taken out or put in since; not that no chain, and no end "
+            f"{which} that nothing in them was changed, taken out or put in since; not that no chain, and no end "
             "of one, is missing."
         )
 
