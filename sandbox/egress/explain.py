@@ -82,12 +82,25 @@ def _shown(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:LINE_MAX])
 
 
+def _varied(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """The first of each kind before all others, so that a scan of many hosts does not hide what else was tried."""
+    kinds: set[tuple[str, str]] = set()
+    first: list[Attempt] = []
+    rest: list[Attempt] = []
+    for attempt in attempts:
+        kind = (attempt.transport, attempt.reason)
+        (rest if kind in kinds else first).append(attempt)
+        kinds.add(kind)
+    return first + rest
+
+
 def denials(
     attempts: Iterable[Attempt], allowed: Sequence[str], rules_of: Callable[[str], Sequence[str]] = lambda _host: ()
 ) -> list[str]:
     """A line for each distinct denial, the first so many, with a count of the rest. `rules_of`: a host's HTTP rules."""
     found = (
-        denial(attempt, rules_of(attempt.host) if attempt.transport == "http" else allowed) for attempt in attempts
+        denial(attempt, rules_of(attempt.host) if attempt.transport == "http" else allowed)
+        for attempt in _varied(attempts)
     )
     lines = list(dict.fromkeys(map(_shown, found)))
     rest = len(lines) - SHOWN_MAX

@@ -49,6 +49,7 @@ class Journal:
         self._single_requests = 0
         self.totals = {"attempts": 0, "denied": 0, "lookups": 0, "lookups_denied": 0, "bytes_out": 0, "bytes_in": 0}
         self.denials: dict[tuple[object, ...], Attempt] = {}
+        self._reasons: set[str] = set()
 
     def add(self, attempt: Attempt) -> None:
         """Keep one attempt: whole while there is room, else in the sum of its kind."""
@@ -73,18 +74,23 @@ class Journal:
 
     def is_new_denial(self, host: str, port: int, reason: str) -> bool:
         """Whether a denial of this kind would be the first, and kept."""
-        return (host, port, reason, "", "") not in self.denials and len(self.denials) < GROUPS_MAX
+        return (host, port, reason, "", "") not in self.denials and self._has_room_for(reason)
 
     def _keep_denial(self, attempt: Attempt) -> None:
         key = (attempt.host, attempt.port, attempt.reason, attempt.method, attempt.path)
-        if key not in self.denials and len(self.denials) < GROUPS_MAX:
+        if key not in self.denials and self._has_room_for(attempt.reason):
             self.denials[key] = attempt
+            self._reasons.add(attempt.reason)
+
+    def _has_room_for(self, reason: str) -> bool:
+        """However much was denied before, the first denial for another reason is kept: reasons are ours, and few."""
+        return len(self.denials) < GROUPS_MAX or reason not in self._reasons
 
     def _sum_up(self, attempt: Attempt) -> None:
         fields = ("transport", "proto", "host", "port", "decision", "rule", "reason", "method")
         key = tuple(str(getattr(attempt, name)) for name in fields)
         if key not in self._groups and len(self._groups) >= GROUPS_MAX:
-            key = (attempt.transport, "", "", "", attempt.decision, "", "", "")
+            key = (attempt.transport, "", "", "", attempt.decision, "", attempt.reason, "")
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _as_item(attempt) if key[2] else _others(attempt)
@@ -112,7 +118,7 @@ def _as_item(attempt: Attempt) -> dict[str, Any]:
 
 
 def _others(attempt: Attempt) -> dict[str, Any]:
-    """The sum of everything that found no group of its own any more."""
-    empty = Attempt(attempt.t, attempt.transport, "", "(others)", 0, attempt.decision)
+    """The sum of everything with that reason that found no group of its own any more."""
+    empty = Attempt(attempt.t, attempt.transport, "", "(others)", 0, attempt.decision, reason=attempt.reason)
     sums: Mapping[str, Any] = {name: getattr(attempt, name) for name in ("bytes_out", "bytes_in", "duration_s")}
     return {**_as_item(empty), **sums}

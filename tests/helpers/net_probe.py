@@ -170,6 +170,15 @@ def dns(server, host, kind=1, over="udp"):
     return {"code": code_, "answers": answers, "from": source[0]}
 
 
+def ask_many(server, pattern, count):
+    """One question after another, each for a name of its own; counts of the codes of the answers."""
+    codes = {}
+    for number in range(count):
+        code_ = str(dns(server, pattern.format(number))["code"])
+        codes[code_] = codes.get(code_, 0) + 1
+    return codes
+
+
 def make(family, kind, protocol=0):
     with socket.socket(getattr(socket, family), getattr(socket, kind), protocol):
         return {}

@@ -1,8 +1,7 @@
-"""What the gateway carries: large, many, slow and half-closed flows, DNS at any address, and budgets to the byte."""
+"""What the gateway carries: large, many, slow and half-closed flows, and budgets to the byte."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 
 import pytest
@@ -33,7 +32,6 @@ HOSTS = {
     "dead.example.test": "192.88.98.1",
 }
 PORTS = {"http": 80, "echo": 7, "after": 9, "reset": 10, "slow": 11, "silent": 12, "ends": 13}
-ENCODED = base64.b32encode(hashlib.sha256(b"stolen").digest()).decode().lower().rstrip("=")
 
 
 def furnish(outside: Outside) -> None:
@@ -43,14 +41,6 @@ def furnish(outside: Outside) -> None:
             outside.serve(name, address, PORTS[name], handler)
     outside.serve("private", "10.1.2.3", 80, http)
     outside.serve("tls", WEB, 443, Certificates().tls(http, "www.example.test"))
-    # What /etc/hosts does not know goes to this resolver, which changes its mind after the first answer.
-    outside.serve_names("127.0.0.54", answers)
-
-
-def answers(name: str, times: int) -> list[str]:
-    if name == "rebind.example.test":
-        return [WEB] if times == 0 else ["10.1.2.3"]
-    return [WEB] if name.endswith(".wild.example.test") and not name.startswith("gone.") else []
 
 
 def fetch(size: int, **more: object) -> dict[str, object]:
@@ -65,7 +55,6 @@ def to(what: str, host: str = "www.example.test", **more: object) -> dict[str, o
 BYTES_20 = f"GET /bytes/{20 * MIB} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
 BYTES_2 = f"GET /bytes/{2 * MIB} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
 LARGE = {"size": 20 * MIB, "half_close": True}
-OTHER_TYPES = (5, 10, 15, 16, 33, 64, 65)  # CNAME, NULL, MX, TXT, SRV, SVCB, HTTPS
 ALL = ["www.example.test:1-65535"]
 BOTH = ["www.example.test:*", "two.example.test:*"]
 SHORT = {"send": "y", "half_close": True}
@@ -94,29 +83,6 @@ SCENES = {
     "pieces": Scene(ALL, [to("echo", chunks=["a", "b", "c"], pause=0.05, half_close=True)]),
     "nothing said": Scene(ALL, [to("echo", send="", half_close=True)]),
     "dead host": Scene(["dead.example.test:80"], [do("tcp", host="dead.example.test", port=80, send="x")]),
-    "dns": Scene(["www.example.test:80"], [
-        do("dns", server="8.8.8.8", host="www.example.test"),
-        do("dns", server="1.1.1.1", host="www.example.test", over="tcp"),
-        do("dns", server="2001:4860:4860::8888", host="www.example.test", kind=28),
-        do("dns", server="2606:4700::1111", host="www.example.test", over="tcp"),
-        do("dns", server="198.18.0.2", host="www.example.test", kind=65),
-        do("dns", server="8.8.8.8", host="evil.test"),
-        do("dns", server="8.8.8.8", host="evil.test", over="tcp"),
-        do("dns", server="8.8.8.8", host="www.example.test", kind=16),
-        do("dns", server="127.0.0.1", host="www.example.test"),
-    ]),
-    "dns types": Scene(["typed.wild.example.test:80"], [
-        *[do("dns", server="9.9.9.9", host="typed.wild.example.test", kind=kind) for kind in OTHER_TYPES],
-        do("dns", server="9.9.9.9", host="typed.wild.example.test"),
-    ]),
-    "dns tunnel": Scene(["**.wild.example.test:80"], [
-        do("lookup", host="a.wild.example.test"), do("lookup", host=f"{ENCODED[:40]}.wild.example.test"),
-        do("tcp", host="a.wild.example.test", port=80, send="GET / HTTP/1.1\r\n\r\n", once=True),
-        do("tcp", host="gone.wild.example.test", port=80, send="GET / HTTP/1.1\r\n\r\n", once=True),
-    ]),
-    "rebinding": Scene(["rebind.example.test:80"], [
-        do("tcp", host="rebind.example.test", port=80, send="GET / HTTP/1.1\r\n\r\n", once=True),
-    ] * 2),
     "download budget": Scene(ALL, [fetch(3 * MIB), fetch(3 * MIB)], {"download_max": "4MiB"}),
     "upload budget": Scene(ALL, [to("after", size=MIB, half_close=True)] * 2, {"upload_max": "1MiB"}),
     "host budget": Scene(["www.example.test:*", "two.example.test:*"],
@@ -157,13 +123,8 @@ SCENES = {
 
 
 @pytest.fixture(scope="module")
-def played() -> tuple[dict[str, Seen], list[str]]:
-    return play(SCENES, HOSTS, furnish)
-
-
-@pytest.fixture(scope="module")
-def seen(played: tuple[dict[str, Seen], list[str]]) -> dict[str, Seen]:
-    return played[0]
+def seen() -> dict[str, Seen]:
+    return play(SCENES, HOSTS, furnish)[0]
 
 
 def test_a_gigabyte_arrives_whole() -> None:
@@ -238,50 +199,6 @@ def test_a_host_that_does_not_accept_is_a_reset_and_no_denial(seen: dict[str, Se
     for attempt in scene.attempts(transport="tcp"):
         assert (attempt["decision"], attempt["reason"]) == ("allow", "connect_failed")
     assert scene.denials == []
-
-
-def test_dns_is_answered_at_any_address_and_from_there(seen: dict[str, Seen]) -> None:
-    results = seen["dns"].results
-    for result, server in zip(
-        results[:4], ("8.8.8.8", "1.1.1.1", "2001:4860:4860::8888", "2606:4700::1111"), strict=True
-    ):
-        assert (result["code"], result["answers"], result["from"]) == (0, 1, server), result
-    https, evil, evil_tcp, txt, local = results[4:]
-    assert (https["code"], https["answers"]) == (0, 0)
-    assert (evil["code"], evil_tcp["code"]) == (3, 3)
-    assert (txt["code"], txt["answers"]) == (0, 0)
-    assert (local["answers"], local["from"]) == (1, "127.0.0.1")
-    assert seen["dns"].one(decision="deny")["host"] == "evil.test"
-    assert seen["dns"].one(decision="deny")["count"] == 2
-
-
-def test_other_types_of_records_are_empty_and_asked_nowhere(played: tuple[dict[str, Seen], list[str]]) -> None:
-    scenes, queries = played
-    *others, address = scenes["dns types"].results
-    assert {(result["code"], result["answers"]) for result in others} == {(0, 0)}
-    assert (address["code"], address["answers"]) == (0, 1)
-    assert "typed.wild.example.test" not in queries, "nobody connected, so nobody outside was asked"
-
-
-def test_no_refused_name_is_asked_outside(played: tuple[dict[str, Seen], list[str]]) -> None:
-    scenes, queries = played
-    assert scenes["dns tunnel"].results[0]["ok"]
-    assert scenes["dns tunnel"].results[1]["error"].startswith("EAI")
-    assert scenes["dns tunnel"].one(decision="deny")["reason"] == "dns_tunnel"
-    assert scenes["dns tunnel"].results[2]["ok"]
-    assert "a.wild.example.test" in queries
-    assert not [name for name in queries if "evil" in name or ENCODED[:10] in name]
-    assert "gone.wild.example.test" in queries
-    assert not [name for name in queries if "corp" in name], "the host's search list is put behind no name"
-
-
-def test_a_name_that_changes_its_address_is_judged_each_time(seen: dict[str, Seen]) -> None:
-    """The first answer may be used for some seconds; the private second one is never dialled."""
-    scene = seen["rebinding"]
-    assert {label for label, _ in scene.reached} <= {"http"}, "the private address has a server, which nobody reached"
-    assert scene.attempts(transport="tcp")
-    for attempt in scene.attempts(transport="tcp"):
-        assert attempt["resolved_ip"] == WEB or attempt["reason"] == "closed_address"
 
 
 def test_the_download_budget_holds_to_the_byte_over_all_flows(seen: dict[str, Seen]) -> None:

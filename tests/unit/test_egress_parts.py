@@ -260,6 +260,18 @@ def test_the_same_denial_is_said_once_and_many_are_counted() -> None:
     assert lines[-1] == "and 30 more denials, see the record"
 
 
+def test_many_denials_do_not_hide_one_of_another_kind() -> None:
+    journal = Journal()
+    for number in range(SINGLE_MAX + 2 * GROUPS_MAX):
+        journal.add(attempt(number, host=f"h{number}.example", decision="deny", reason="not_named"))
+    for _ in range(3):
+        journal.add(attempt(999_999, host="late.example", decision="deny", reason="not_tls", detail="ssh"))
+    assert len(journal.denials) == GROUPS_MAX + 1
+    assert "late.example" in denials(journal.denials.values(), [])[1]
+    (others,) = [item for item in journal.items() if item["reason"] == "not_tls"]
+    assert (others["host"], others["count"], others["decision"]) == ("(others)", 3, "deny")
+
+
 # --- refused datagrams
 
 
