@@ -74,7 +74,8 @@ def complete(plan: LaunchPlan, manifest: Manifest, facts: HostFacts) -> LaunchPl
     env = {"CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "void"}
     # What no system directory shows already.
     files = _facts(facts).libraries
-    if files:
+    # Into an engine's container they come with the device, as its specification says (CDI).
+    if files and plan.launcher != "docker":
         env["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(name.rpartition("/")[0] for _, name in files))
         step = next(step for step in plan.steps if step.name == "system_view")
         shown = [*step.args["runtime_files"], *(list(pair) for pair in files)]

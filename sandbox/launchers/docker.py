@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from sandbox._linux import cgroup, etc, syscalls, wire
 from sandbox.errors import LaunchError, LauncherUnavailable
 from sandbox.launchers import docker_config as config
 from sandbox.launchers.contract import Setting
-from sandbox.launchers.docker_engine import Ended, Engine
+from sandbox.launchers.docker_engine import Ended, Engine, refuse_devices
 from sandbox.launchers.feed import Feed
 from sandbox.launchers.gate import AT, Gate, call_script
 from sandbox.launchers.group import ContainerGroup, common_path, remove_everywhere
@@ -41,6 +41,10 @@ from sandbox.seccomp.docker import to_docker_json
 
 THREADS: Final = 8
 SAMPLE_S: Final = 0.1
+_CDI_HINT: Final = (
+    "use Docker 25 or newer with {'features': {'cdi': true}} in its daemon.json, and write the specification: "
+    "nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cdi/nvidia.yaml"
+)
 _NO_SHELL: Final = "the image may lack /bin/sh, which waits for the call"
 
 
@@ -178,6 +182,11 @@ def _ask_python(
     return (-1, "") if code in (_PYTHON_MISSING, 126) else (code, "python3")
 
 
+def _check_devices(engine: Engine, names: Sequence[str]) -> None:
+    if why := refuse_devices(engine.info, names) if names else "":
+        raise LaunchError(f"docker at {engine.address}: {why}", step="gpu", hint=_CDI_HINT)
+
+
 def _device_path(number: str) -> str:
     """The node of a disk that is named by "major:minor"."""
     return f"/dev/{os.path.basename(os.readlink(f'/sys/dev/block/{number}')).replace('!', '/')}"
@@ -278,6 +287,7 @@ class DockerContainer:
         launcher = self._launcher
         container = config.step(self._plan, "container")
         self._engine = engine = launcher.engine(container["engine"])
+        _check_devices(engine, container.get("devices", ()))
         image = engine.image(container["image"])
         if container["function"]:
             self._python = launcher.python(engine, image["Id"], container)
@@ -286,6 +296,10 @@ class DockerContainer:
         # Held open from here on: when we are gone, the waiting shell reads the end of it and goes too.
         self._pipes["go"] = self._gate.open_both("go")
         parent = self._make_group()
+        if container.get("devices") and not parent:
+            # What a process does on a GPU is told by its group: elsewhere its limits would be nobody's.
+            message = "a GPU is given to containers below a group of ours only, and this daemon makes its own"
+            raise LaunchError(message, step="gpu", hint="run it with --exec-opt native.cgroupdriver=cgroupfs")
         wanted = config.Wanted(
             self._plan,
             str(self._gate.path),

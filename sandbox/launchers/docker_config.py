@@ -63,12 +63,12 @@ def create_body(wanted: Wanted) -> dict[str, Any]:
         "Labels": dict(wanted.labels),
         "NetworkDisabled": True,
         "Healthcheck": {"Test": ["NONE"]},
-        "HostConfig": _host_config(wanted, container["runtime"]),
+        "HostConfig": _host_config(wanted, container),
     }
 
 
-def _host_config(wanted: Wanted, runtime: str) -> dict[str, Any]:
-    plan = wanted.plan
+def _host_config(wanted: Wanted, container: Mapping[str, Any]) -> dict[str, Any]:
+    plan, runtime = wanted.plan, container["runtime"]
     proc = step(plan, "proc")
     return {
         "NetworkMode": "none",
@@ -88,6 +88,7 @@ def _host_config(wanted: Wanted, runtime: str) -> dict[str, Any]:
         "Ulimits": _ulimits(plan),
         **_limits(plan),
         **_io_limits(wanted),
+        **_devices(container.get("devices", ())),
         **({"CgroupParent": wanted.cgroup_parent} if wanted.cgroup_parent else {}),
         **({"Runtime": runtime} if runtime else {}),
     }
@@ -103,6 +104,11 @@ def _limits(plan: LaunchPlan) -> dict[str, int]:
     if (cpus := _applied(plan, "cpus")) is not None:
         found["NanoCpus"] = round(cpus * 1_000_000_000)
     return found
+
+
+def _devices(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Devices by the names of the Container Device Interface: the engine makes of them what their vendor wrote down."""
+    return {"DeviceRequests": [{"Driver": "cdi", "DeviceIDs": list(names)}]} if names else {}
 
 
 def _io_limits(wanted: Wanted) -> dict[str, list[dict[str, Any]]]:

@@ -9,11 +9,9 @@ from sandbox.host import Control, HostFacts
 from sandbox.host import controls as host_controls
 
 _NO_LANDLOCK = "Docker starts the tool itself and knows no Landlock; the mount namespace is the one wall"
-_NO_GPU = "not done yet: use the native launcher, or an image run by your own means"
 
 GAPS: Final = {
     "inspection": "inspected TLS needs an authority in the image's own trust store, which is the image's affair",
-    "gpu": _NO_GPU,
 }
 _ROWS: Final = {
     "filesystem": Control("full", "mount namespace of a container, read-only image"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -158,6 +158,19 @@ def refuse(info: Mapping[str, Any], kernel: str) -> str:
     flags = {"MemoryLimit": "memory", "PidsLimit": "processes", "CpuCfsQuota": "CPU time"}
     lacking = [what for flag, what in flags.items() if not info.get(flag)]
     return f"it cannot limit {', '.join(lacking)}" if lacking else ""
+
+
+def refuse_devices(info: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Why a daemon cannot give devices of these names (Container Device Interface); empty when it can. Pure.
+
+    `CDISpecDirs` is there since Docker 25, and empty without the feature; a daemon since 28.2 lists what it found.
+    """
+    if not info.get("CDISpecDirs"):
+        return f"Docker {info.get('ServerVersion', '')} gives no devices by name (Container Device Interface)"
+    listed = info.get("DiscoveredDevices")
+    known = {str(device.get("ID")) for device in listed or ()}
+    lacking = [name for name in names if listed and name not in known]
+    return f"the daemon knows no device {', '.join(lacking)}" if lacking else ""
 
 
 def is_transient(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from sandbox._linux import cgroup
 from sandbox._linux.devices import DeviceRules
 from sandbox.errors import LaunchError
 from sandbox.host import HostFacts
+from sandbox.launchers.group import ContainerGroup
 from sandbox.plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -67,8 +68,11 @@ class Gpus:
         return await self._guard.open_call(call_id, plan)
 
     def admit(self, group: Group | None, gpu: CallGpu | None) -> None:
-        """Let a call's group open what was granted to it, before the tool runs. Raises OSError."""
-        if group is not None:
+        """Let a call's group open what was granted to it, before the tool runs. Raises OSError.
+
+        A container of an engine's is under that engine's rule, which lists what the container was made with.
+        """
+        if group is not None and not isinstance(group, ContainerGroup):
             granted = gpu.device_rules() if gpu is not None else ()
             self._rules.admit(group.v2, group.v1.get("devices", ""), granted)
 

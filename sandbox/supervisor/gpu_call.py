@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sandbox.errors import LaunchError
 from sandbox.gpu import power
 from sandbox.gpu.account import Account, Breach
-from sandbox.gpu.choosing import environment
+from sandbox.gpu.choosing import cdi_names, environment
 from sandbox.gpu.facts import GpuNode
 from sandbox.gpu.leases import Lease
 from sandbox.gpu.limits import Asked, judge
@@ -75,10 +75,13 @@ class CallGpu:
         return list(dict.fromkeys(nodes))
 
     def _granted(self, plan: LaunchPlan) -> LaunchPlan:
-        """The plan with the very nodes that were leased, and the variables that name them."""
-        step = next(step for step in plan.steps if step.name == "devices")
-        nodes = {node.name: [node.major, node.minor] for node in self._nodes()}
-        plan = plan.with_step_args("devices", nodes=[*step.args["nodes"], *nodes], numbers=nodes)
+        """The plan with the very nodes that were leased, or an engine's names for them, and the variables."""
+        if plan.launcher == "docker":
+            plan = plan.with_step_args("container", devices=list(cdi_names(self.units.values())))
+        else:
+            step = next(step for step in plan.steps if step.name == "devices")
+            nodes = {node.name: [node.major, node.minor] for node in self._nodes()}
+            plan = plan.with_step_args("devices", nodes=[*step.args["nodes"], *nodes], numbers=nodes)
         return replace(plan, env={**plan.env, **environment(self.units.values())})
 
     def device_rules(self) -> Sequence[Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -21,6 +22,8 @@ from sandbox._linux import cgroup
 from sandbox.host import HostFacts
 from sandbox.launchers.group import ContainerGroup
 from tests.helpers import engine as engines
+from tests.helpers import nvml
+from tests.helpers.gpu_world import SCENARIO
 
 GATES = Path("/run/toolcall-sandbox")
 WAIT_S = 60.0
@@ -387,3 +390,29 @@ def test_a_terminal_is_the_tools_own_and_what_is_typed_controls_it(docker: Calla
     assert "terminals" in done.record.isolation.applied
     # Its twin: nothing asked for, none there.
     assert box.run(["sh", "-c", "test -t 1 || ls /dev/pts"]).text == "ptmx\n"
+
+
+@pytest.mark.needs("cgroup", "gcc", "python:pynvml")
+def test_a_gpu_is_refused_by_a_daemon_that_knows_no_device_names(
+    engine: engines.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a world with stand-ins for GPUs and NVML (`tests/helpers/gpu_world.py`), and a real daemon."""
+    monkeypatch.setenv("DOCKER_HOST", engine.host)
+    monkeypatch.setenv("SANDBOX_TEST_IMAGE", engines.PYTHON)
+    library = nvml.build(tmp_path, SCENARIO)
+    argv = [sys.executable, "-m", "tests.helpers.gpu_world", "docker", str(tmp_path), str(library)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    with contextlib.closing(engine.client()) as client:
+        info = client.info()
+    if info.get("CDISpecDirs"):
+        pytest.skip("needs a daemon without device names (CDI); this one has them")
+    assert (found["ending"]["kind"], found["ending"]["fault"]) == ("launch_error", "host")
+    assert "gives no devices by name" in found["ending"]["message"]
+    assert "nvidia-ctk cdi generate" in found["ending"]["message"]
+    # The driver's libraries come with the device, not from this host's view of them.
+    assert found["libraries"] == []
+    assert "LD_LIBRARY_PATH" not in found["env"]
+    assert "CUDA_VISIBLE_DEVICES" in found["env"]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 START_TIMEOUT_S = 60.0
 PYTHON = "sandbox-test/python:latest"
@@ -114,7 +115,7 @@ class Engine:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 
-    def client(self) -> object:
+    def client(self) -> Any:
         import docker
 
         return docker.APIClient(base_url=self.host, version="auto", timeout=60)

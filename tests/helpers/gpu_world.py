@@ -341,6 +341,16 @@ def scene_miner(box: Sandbox, world: nvml.Scenario) -> Any:
     return told(call.end())
 
 
+def scene_docker(box: Sandbox, world: nvml.Scenario) -> Any:
+    """A GPU under docker, with whatever daemon DOCKER_HOST names."""
+    engine = {"isolation.launcher": "docker", "isolation.image": os.environ["SANDBOX_TEST_IMAGE"]}
+    plan = box.plan(["true"], **{"gpu.count": 1, **engine})
+    steps = {step.name: step.args for step in plan.steps}
+    files = steps["system_view"]["runtime_files"]
+    done = told(box.run(["true"], **{"gpu.count": 1, **engine}))
+    return {**done, "env": sorted(plan.env), "libraries": [path for pair in files for path in pair if "opengl" in path]}
+
+
 def scenes() -> Iterator[tuple[str, Callable[[Sandbox, nvml.Scenario], Any]]]:
     return ((name[6:], value) for name, value in globals().items() if name.startswith("scene_"))
 

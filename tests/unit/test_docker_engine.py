@@ -8,7 +8,11 @@ import pytest
 
 from sandbox.errors import LaunchError, LauncherUnavailable
 from sandbox.launchers import docker_engine
-from sandbox.launchers.docker_engine import Engine, is_transient, refuse, translate
+from sandbox.launchers.docker_config import Wanted, create_body
+from sandbox.launchers.docker_engine import Engine, is_transient, refuse, refuse_devices, translate
+from sandbox.manifest import Manifest
+from sandbox.planner import Surroundings, decide
+from tests.unit.test_planner_launcher import CALL, FULL
 
 GOOD: dict[str, Any] = {
     "OSType": "linux",
@@ -119,3 +123,32 @@ def test_starting_is_never_tried_again(engine: Any) -> None:
     with pytest.raises(LaunchError, match="busy"):
         made.start("one")
     assert api.created == 1
+
+
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ({"ServerVersion": "20.10.24"}, "Docker 20.10.24 gives no devices by name"),
+        ({"CDISpecDirs": []}, "gives no devices by name"),
+        ({"CDISpecDirs": ["/etc/cdi"]}, ""),
+        ({"CDISpecDirs": ["/etc/cdi"], "DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=GPU-1"}]}, ""),
+        (
+            {"CDISpecDirs": ["/etc/cdi"], "DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}]},
+            "knows no device nvidia.com/gpu=GPU-1",
+        ),
+    ],
+)
+def test_a_daemon_that_cannot_give_a_device_is_refused_by_name(info: dict[str, Any], says: str) -> None:
+    found = refuse_devices(info, ["nvidia.com/gpu=GPU-1"])
+    assert says in found
+    assert bool(found) == bool(says)
+
+
+def test_granted_gpus_are_asked_for_by_their_names_and_no_others() -> None:
+    plan = decide(Manifest(isolation={"launcher": "docker", "image": "x"}), CALL, FULL, Surroundings())
+    plan = plan.with_step_args("container", image_id="sha256:1")
+    granted = plan.with_step_args("container", devices=["nvidia.com/gpu=GPU-1"])
+    bodies = [create_body(Wanted(one, "/gate", 70000, {}, {})) for one in (granted, plan)]
+    assert bodies[0]["HostConfig"]["DeviceRequests"] == [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=GPU-1"]}]
+    assert "DeviceRequests" not in bodies[1]["HostConfig"]
+    assert all(body["Env"] == ["NVIDIA_VISIBLE_DEVICES=void"] for body in bodies)
