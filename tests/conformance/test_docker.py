@@ -21,6 +21,7 @@ from sandbox import LaunchError, Sandbox
 from sandbox._linux import cgroup
 from sandbox.host import HostFacts
 from sandbox.launchers.group import ContainerGroup
+from sandbox.runtime_outcome import program_outcome
 from tests.helpers import engine as engines
 from tests.helpers import nvml
 from tests.helpers.gpu_world import SCENARIO
@@ -379,10 +380,10 @@ def test_a_terminal_is_the_tools_own_and_what_is_typed_controls_it(docker: Calla
         wait_to_see(b"80 24 True True True")
         os.write(keys, b"\x03")
         wait_to_see(b"interrupted")
-        passing.pending.resize(40, 132)
+        passing.resize(40, 132)
         wait_to_see(b"40 132\r\n")
-        passing.pending.signal(signal.SIGTERM)
-        done = passing.outcome()
+        passing.signal(signal.SIGTERM)
+        done = program_outcome(passing.take())
     for fd in (keys, screen):
         os.close(fd)
     assert b"/dev/pts/0" in seen
