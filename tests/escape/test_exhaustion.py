@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,8 @@ for attempt in (lambda: os.nice(-5), lambda: os.sched_setscheduler(0, os.SCHED_F
         pass
 print(os.nice(5))
 """
-    assert python(jail, script).text == "5\n"
+    # Calls inherit the niceness of whoever runs the tests; 19 is the last.
+    assert python(jail, script).text == f"{min(os.nice(0) + 5, 19)}\n"
 
 
 def test_cpu_time_ends_a_miner(jail: Jail) -> None:
