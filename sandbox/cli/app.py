@@ -24,6 +24,7 @@ COMMANDS = {
     "gpu": "gpu",
     "why": "why",
     "bench": "bench",
+    "pull": "pull",
 }
 # Their exit status is a tool's: what we refuse has to be told apart from whatever a tool can say.
 RUNNING = ("run", "shell")

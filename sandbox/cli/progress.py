@@ -47,6 +47,13 @@ class Progress:
                 self._shown = Console(stderr=True).status(f"sandbox: {self._text}")
                 self._shown.start()
 
+    def update(self, text: str) -> None:
+        """Say something else from now on."""
+        with self._lock:
+            self._text = text
+            if self._shown is not None:
+                self._shown.update(f"sandbox: {text}")
+
     def stop(self) -> None:
         """Clear the line. What is printed afterwards stands alone."""
         self._timer.cancel()

@@ -20,7 +20,7 @@ _ATTEMPTS: Final = 4
 _HINT: Final = "pip install 'toolcall-sandbox[docker]'"
 # (words in the daemon's answer, step, what to do): the first that fits names the trouble.
 _KNOWN: Final = (
-    ("no such image", "image", "docker pull it first, or name one of `docker images`"),
+    ("no such image", "image", "sandbox pull it first (or docker pull), or name one of `docker images`"),
     ("no space left on device", "container", "make room where the daemon keeps its data (docker system df)"),
     ("unknown or invalid runtime", "container", "register the runtime in the daemon's daemon.json"),
     ("runtime not found", "container", "register the runtime in the daemon's daemon.json"),
@@ -40,14 +40,14 @@ class Engine:
     """One daemon. Clients are per thread: the SDK's session is not shared safely."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address = address or _usual_address()
         self._local = threading.local()
         self.info: Mapping[str, Any] = {}
 
     @classmethod
     def open(cls, address: str) -> Engine:
         """Connect, and check that this daemon can hold what the launcher declares. Raises LauncherUnavailable."""
-        engine = cls(address or _usual_address())
+        engine = cls(address)
         engine.info = engine.ask("launcher", lambda api: api.info())
         if refusal := refuse(engine.info, os.uname().release):
             raise LauncherUnavailable(f"docker at {engine.address}: {refusal}", step="launcher")
@@ -92,6 +92,24 @@ class Engine:
         """What the daemon knows of an image; `Id` is its digest. Raises LaunchError when it has none of that name."""
         found: Mapping[str, Any] = self.ask_again("image", lambda api: api.inspect_image(name))
         return found
+
+    def pull(self, name: str, told: Callable[[Mapping[str, Any]], None]) -> str:
+        """Fetch an image from its registry, and return its digest here. `told` gets the daemon's messages as they come.
+
+        Raises LaunchError with what the registry or the daemon said. Nothing of ours limits how long it takes.
+        """
+
+        def fetch(api: Any) -> str:
+            from docker.utils import parse_repository_tag
+
+            repository, tag = parse_repository_tag(name)
+            for event in api.pull(repository, tag or "latest", stream=True, decode=True):
+                if "error" in event:
+                    raise LaunchError(f"docker: {event['error']}", step="image")
+                told(event)
+            return str(api.inspect_image(name)["Id"])
+
+        return str(self.ask("image", fetch))
 
     def create(self, body: Mapping[str, Any], name: str) -> str:
         """Make a container and return its id. A half-made one of an earlier attempt is removed first."""
