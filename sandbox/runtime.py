@@ -18,26 +18,26 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sandbox import link as supervisor_link
-from sandbox import prepare, prepare_places, prepare_secrets
+from sandbox import prepare_places
 from sandbox._linux import wire
 from sandbox.audit.store import state_dir
 from sandbox.audit.view import Record
 from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
-from sandbox.host import HostFacts
 from sandbox.link import Link, NotHandedOver, Pending, Slots, Ticket
-from sandbox.manifest import Manifest
 from sandbox.outcome import Outcome
 from sandbox.plan import CallSpec, LaunchPlan
-from sandbox.planner import decide
-from sandbox.profile_parse import looked_up
-from sandbox.profiles import Resolved, resolve
 from sandbox.runtime_outcome import program_outcome
 
 if TYPE_CHECKING:
     from typing import Self
 
-Source = str | Path | Manifest | Mapping[str, Any]
+    from sandbox.host import HostFacts
+    from sandbox.manifest import Manifest
+    from sandbox.prepare_secrets import SecretValues
+    from sandbox.profiles import Resolved
+
+    Source = str | Path | Manifest | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Sandbox:
         *,
         state: str | Path | None = None,
         ceiling: Path | None = None,
-        secret_values: prepare_secrets.SecretValues | None = None,
+        secret_values: SecretValues | None = None,
         **overrides: Any,
     ) -> None:
         self._profile = profile
@@ -86,6 +86,11 @@ class Sandbox:
         self._link: Link | None = supervisor_link.shared(self._state)
         try:
             self._link.start()
+            # Only now: what decides takes as long to load as the supervisor to start.
+            from sandbox import planner, prepare  # noqa: F401
+            from sandbox.profile_parse import looked_up
+            from sandbox.profiles import resolve
+
             with looked_up() as lookups:
                 self._resolved = resolve(profile, overrides=overrides or None, ceiling=ceiling)
             # What the profile says of the host's paths; `runtime_keep` wants to know.
@@ -201,6 +206,8 @@ class Sandbox:
     def _resolve(self, overrides: Mapping[str, Any]) -> Resolved:
         """The manifest of one call. What was resolved already is the base: files edited meanwhile change nothing, and
         a sealed profile stays sealed."""
+        from sandbox.profiles import resolve
+
         return resolve(self._resolved, overrides=overrides, ceiling=self._ceiling)
 
     def _program(
@@ -217,6 +224,8 @@ class Sandbox:
         is_single: bool = False,
         overrides: Mapping[str, Any],
     ) -> Job:
+        from sandbox import prepare
+
         _check_program(argv, env or {}, cwd, collect)
         resolved = self._resolve(overrides) if overrides else self._resolved
         context = context or current_context()
@@ -237,6 +246,7 @@ class Sandbox:
     def _function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CallContext | None
     ) -> Job:
+        from sandbox import prepare
         from sandbox.codec import as_function, encode_call, granted_sys_path, return_annotation
 
         func = as_function(func)
@@ -257,6 +267,9 @@ class Sandbox:
 
     def _decide(self, job: Job) -> tuple[LaunchPlan, tuple[str, dict[str, Any]]]:
         """The plan, and the part of it that is common to all calls of its kind with a name for that."""
+        from sandbox import prepare
+        from sandbox.planner import decide
+
         spec = job.spec
         facts = self._live_link().facts()
         key = self._plan_key(job, facts)
@@ -273,6 +286,8 @@ class Sandbox:
 
     def _plan_key(self, job: Job, facts: HostFacts) -> Any:
         """What makes two calls' plans the same but for argv; None where the host's files decide, each time anew."""
+        from sandbox import prepare
+
         manifest, spec = job.resolved.manifest, job.spec
         if spec.tty or manifest.network.extra_roots or prepare.path_facts(manifest):
             return None
@@ -307,6 +322,8 @@ class Sandbox:
 
     def _ask_once(self, job: Job, fds: Mapping[str, int], ticket: Ticket) -> Pending:
         """Ask for the call. A refusal gets its record first, then it is raised with it."""
+        from sandbox import prepare
+
         link = self._live_link()
         link.facts()  # a supervisor that died is started anew here, before anything is left out that it has not had
         ask: dict[str, Any] = {
@@ -325,6 +342,8 @@ class Sandbox:
             with link.submit(ask, None, {}, ticket) as pending:
                 refusal.record = Record.of_line(pending.take()["sections"]["record"])
             raise
+        from sandbox import prepare_secrets
+
         secrets = prepare_secrets.values(job.resolved.manifest, self._secret_values)
         # What is large is not carried through the supervisor: it passes the file on.
         is_large = job.request is not None and len(job.request) > REQUEST_INLINE_MAX_BYTES
@@ -370,6 +389,7 @@ def _context_fields(context: CallContext) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _importable(granted: tuple[str, ...]) -> Callable[[str], bool]:
+    from sandbox import prepare
     from sandbox.codec import importable_under
 
     return importable_under([*prepare.interpreter().roots, *granted])
@@ -377,6 +397,8 @@ def _importable(granted: tuple[str, ...]) -> Callable[[str], bool]:
 
 @functools.lru_cache(maxsize=1024)
 def _preload(func: Callable[..., Any], granted: tuple[str, ...]) -> tuple[str, ...]:
+    from sandbox import prepare
+
     return prepare.preload_modules(func, _importable(granted))
 
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from sandbox._linux import wire
 from sandbox.errors import LauncherUnavailable
-from sandbox.launchers.jail import PACKAGE_ROOT, Jail, Zygote, mount_point
+from sandbox.launchers.jail import Jail, mount_point
 from sandbox.launchers.oci_spec import INSIDE_ID, Place
+from sandbox.launchers.zygote import PACKAGE_ROOT, Zygote
 from sandbox.plan import LaunchPlan, Step
 from sandbox.seccomp import docker
 from sandbox.seccomp import policy as policies

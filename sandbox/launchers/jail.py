@@ -10,17 +10,13 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sandbox._linux import cgroup, syscalls, wire
-from sandbox.errors import LauncherUnavailable
+from sandbox.launchers.zygote import Zygote
 
-_BOOT = "import sys; sys.path.append(sys.argv[2]); from sandbox._jail.zygote import main; main(int(sys.argv[1]))"
-READY_TIMEOUT_S = 30.0
 _Launch = Callable[[Mapping[str, object], Mapping[str, int]], None]
 _OUT_OF_THE_WAY = Path("/sys/kernel")
 DEATH_TIMEOUT_S = 10.0
@@ -30,63 +26,6 @@ STREAMS = ("stdin", "stdout", "stderr", "result", "request")
 # How a parked function is told to take its call: see `_jail.function.USUAL_GO`, which is compared with this.
 _USUAL_STREAMS = ("stdin", "stdout", "stderr", "result")
 USUAL_GO = json.dumps({"op": "go", "fds": _USUAL_STREAMS, "call": None}, separators=(",", ":")).encode() + b"\n"
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-
-
-class Zygote:
-    """The zygote process of one supervisor. Started from the loop's own thread, which its death signal follows."""
-
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
-        self._process = process
-        self._control = control
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @classmethod
-    def start(cls) -> Zygote:
-        """Exec a fresh, isolated interpreter (no site, no environment) and wait until it serves.
-
-        Raises LauncherUnavailable when it does not come up.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), str(PACKAGE_ROOT)]
-            process = subprocess.Popen(
-                argv,
-                env={"LD_BIND_NOW": "1"},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        ours.settimeout(READY_TIMEOUT_S)
-        try:
-            message, _ = wire.receive(ours)
-        except OSError as error:
-            process.kill()
-            raise LauncherUnavailable(f"the zygote did not start: {error}", step="zygote") from error
-        if message is None:
-            raise LauncherUnavailable(f"the zygote ended with status {process.wait()}", step="zygote")
-        ours.setblocking(False)
-        return cls(process, ours)
-
-    def launch(self, message: Mapping[str, object], fds: Mapping[str, int]) -> None:
-        """Ask for one jail. Raises OSError (EPIPE, ECONNRESET) when the zygote is gone; the descriptors stay ours."""
-        wire.send(self._control, {**message, "fds": list(fds)}, list(fds.values()))
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def close(self) -> None:
-        """Let the zygote end; its jails end with it."""
-        self._control.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def mount_point(state: Path) -> Path:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from sandbox.errors import LauncherUnavailable
 from sandbox.launchers import attended, nsjail, oci
 from sandbox.launchers.contract import Setting
-from sandbox.launchers.jail import Jail, Zygote
+from sandbox.launchers.jail import Jail
+from sandbox.launchers.zygote import Zygote
 from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
 from sandbox.supervisor import maker

@@ -12,6 +12,7 @@ from pathlib import Path
 from sandbox._linux import cgroup
 from sandbox.errors import LauncherUnavailable
 from sandbox.launchers.contract import Launcher, Setting
+from sandbox.launchers.zygote import Zygote
 from sandbox.supervisor import identity
 from sandbox.supervisor.maker import Maker
 from sandbox.supervisor.pool import Pool
@@ -35,9 +36,11 @@ def _open_docker(setting: Setting) -> Launcher:
 class Launchers:
     """The pools of one supervisor, by launcher. `close` ends them all."""
 
-    def __init__(self, state: Path, tree: cgroup.Tree | None, disks: tuple[str, ...], owner: str) -> None:
+    def __init__(
+        self, state: Path, tree: cgroup.Tree | None, disks: tuple[str, ...], owner: str, zygote: Zygote
+    ) -> None:
         self._setting = Setting(state, tree, owner, identity.host_uids(), disks)
-        self._native = Maker(self._setting)
+        self._native = Maker(self._setting, zygote)
         self._pools = {self._native.name: Pool(self._native)}
         self._opening = asyncio.Lock()
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from sandbox._linux import process, scheduling, wire
 from sandbox.errors import SandboxError
+from sandbox.launchers.zygote import Zygote
 
 
 def run(argv: list[str]) -> NoReturn:
@@ -35,11 +36,13 @@ def main(argv: list[str]) -> int:
     # The caller's terminal sends these to every process of its group; what they mean is the caller's to decide.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # First of all: it loads its part while we load ours.
+    zygote = Zygote.begin()
     _load_asyncio()
     import asyncio
 
     try:
-        return asyncio.run(_run(control, Path(argv[1])))
+        return asyncio.run(_run(control, Path(argv[1]), zygote))
     except SandboxError as error:
         wire.send(control, {"ev": "failed", "type": type(error).__name__, "message": error.message, "hint": error.hint})
         return 1
@@ -60,10 +63,10 @@ def _load_asyncio() -> None:
         del sys.modules["ssl"]
 
 
-async def _run(control: socket.socket, state: Path) -> int:
+async def _run(control: socket.socket, state: Path, zygote: Zygote) -> int:
     from sandbox.supervisor.server import Supervisor
 
-    supervisor = Supervisor(control, state)
+    supervisor = Supervisor(control, state, zygote)
     # Only now: the probes fork, and a process that is not dumpable cannot write its own id maps.
     process.set_not_dumpable()
     supervisor.prepare()

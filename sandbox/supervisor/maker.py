@@ -11,7 +11,8 @@ from typing import Any
 from sandbox.errors import LauncherUnavailable
 from sandbox.launchers.burial import Burial
 from sandbox.launchers.contract import Setting
-from sandbox.launchers.jail import Jail, Zygote, mount_point
+from sandbox.launchers.jail import Jail, mount_point
+from sandbox.launchers.zygote import Zygote
 from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
 from sandbox.supervisor import identity
@@ -56,7 +57,8 @@ class Maker:
 
     name = "jail"
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, zygote: Zygote | None = None) -> None:
+        """`zygote`: one that has been begun. Raises LauncherUnavailable when it does not come up."""
         self._state = setting.state
         self._tree = setting.tree
         self._disks = setting.disks
@@ -64,7 +66,8 @@ class Maker:
         self._serial = itertools.count(1)
         self._filters: dict[str, bytes] = {}
         self._burial = Burial()
-        self.zygote = Zygote.start()
+        self.zygote = zygote or Zygote.begin()
+        self.zygote.wait_ready()
 
     @property
     def own_user_namespace(self) -> bool:

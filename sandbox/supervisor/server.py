@@ -28,6 +28,7 @@ from sandbox.audit.chain import Chain
 from sandbox.audit.recover import recover
 from sandbox.audit.store import Store
 from sandbox.errors import AuditError, CallLost, SandboxError
+from sandbox.launchers.zygote import Zygote
 from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
@@ -57,9 +58,10 @@ COMMONS_MAX = 256
 class Supervisor:
     """Owns the pool of jails, the cgroups, the chain and the table of running calls."""
 
-    def __init__(self, control: socket.socket, state: Path) -> None:
+    def __init__(self, control: socket.socket, state: Path, zygote: Zygote) -> None:
         self.state = state
         self.facts = host.probe()
+        self._zygote = zygote
         self._control = control
         self._name = cgroup.owner_name(os.getpid())
         self._serial = itertools.count(1)
@@ -103,7 +105,9 @@ class Supervisor:
             self._tree = tree if tree.has_groups else None
         self._gpus = Gpus(self.facts, self._tree)
         self.facts = self._gpus.complete(self.facts)
-        self._launchers = Launchers(self.state, self._tree, tuple(self.facts.block_devices.values()), self._name)
+        self._launchers = Launchers(
+            self.state, self._tree, tuple(self.facts.block_devices.values()), self._name, self._zygote
+        )
         for recovered in recover(self.state):
             if recovered.error:
                 print(f"sandbox: chain {recovered.chain_id}: {recovered.error}", file=sys.stderr)
