@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import stat
 
 from sandbox._linux import syscalls
@@ -95,9 +94,9 @@ def rename_exchange(old_dir_fd: int, old: str, new_dir_fd: int, new: str) -> Non
 
 
 def _renameat2(old_dir_fd: int, old: str, new_dir_fd: int, new: str, flags: int) -> None:
-    nr = _RENAMEAT2.get(platform.machine())
+    nr = _RENAMEAT2.get(os.uname().machine)
     if nr is None:
-        raise OSError(errno.ENOSYS, f"renameat2: unknown architecture {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"renameat2: unknown architecture {os.uname().machine}")
     syscalls.call("renameat2", nr, old_dir_fd, os.fsencode(old), new_dir_fd, os.fsencode(new), flags)
 
 

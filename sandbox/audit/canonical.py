@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import PurePath
-from secrets import token_hex
 from typing import Any
 
 import rfc8785
@@ -103,7 +103,7 @@ class _Cleaner:
     def __init__(self, *, stand_ins: bool = False) -> None:
         self.ascii_keys = True
         self.texts: dict[str, str] = {}
-        self._nonce = token_hex(16) if stand_ins else ""
+        self._nonce = os.urandom(16).hex() if stand_ins else ""
 
     def walk(self, value: Any, depth: int) -> Any:
         kind = type(value)
@@ -209,7 +209,7 @@ def _plain_text(value: Any, depth: int) -> str:
         return ""
     settled: dict[str, str] = {}
     if depth == 0:
-        nonce, plain = token_hex(16), dict(value)
+        nonce, plain = os.urandom(16).hex(), dict(value)
         for name, group in value.items():
             if type(group) is Settled:
                 plain[name] = f"{nonce}{len(settled)}"

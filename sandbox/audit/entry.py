@@ -7,10 +7,10 @@ hash are all inside what is hashed. Pure; `docs/record.md` describes the format 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from hashlib import sha256
-from secrets import token_hex
 from typing import Any, Literal
 
 from sandbox.audit.canonical import encode
@@ -44,7 +44,7 @@ def seal(record: Mapping[str, Any], kind: EntryKind, chain_id: str, seq: int, pr
     """One line (with its newline) and its hash, for `record` as entry `seq` of the chain."""
     # The data is walked and encoded once: with a random stand-in for the hash, which is then cut out for hashing
     # and replaced for storing. Random, because the record holds data of the tool's choosing.
-    stand_in = token_hex(32).encode()
+    stand_in = os.urandom(32).hex().encode()
     integrity = {"alg": ALG, "chain": chain_id, "hash": stand_in.decode(), "prev_hash": prev_hash, "seq": seq}
     body = encode({**record, "schema": SCHEMA, "entry": kind, "integrity": integrity})
     head, tail = body.split(stand_in)

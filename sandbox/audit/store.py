@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from sandbox.audit.chain import SEGMENT_MAX_BYTES, Chain, make_private_dirs
@@ -61,7 +60,7 @@ class Store:
 def new_chain_id(name: str) -> str:
     """Start time, the supervisor's name and random digits: unique, sortable, a plain file name."""
     plain = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:32] or "supervisor"
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{plain}-{token_hex(4)}"
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{plain}-{os.urandom(4).hex()}"
 
 
 def list_chains(state: Path) -> list[Path]:

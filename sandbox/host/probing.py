@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +39,7 @@ def probe() -> HostFacts:
     return HostFacts(
         kernel=os.uname().release,
         machine=os.uname().machine,
-        python=platform.python_version(),
+        python=sys.version.partition(" ")[0],
         uid=os.geteuid(),
         is_root_like=is_root_like,
         container=_container(),

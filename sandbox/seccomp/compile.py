@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,11 +45,11 @@ _Rule = tuple[int, int, list[policies.Condition]]  # return value, call number, 
 def program(spec: Mapping[str, Any], *, arch: str = "", cache_dir: Path | None = None) -> bytes:
     """The filter for a policy, or for its short form in a plan, as an array of `struct sock_filter`.
 
-    `arch` is a `platform.machine()` name, this machine's by default. With `cache_dir` the result is looked up and
+    `arch` is a `os.uname().machine`, this machine's by default. With `cache_dir` the result is looked up and
     stored there by digest. Raises LauncherUnavailable when the host lacks what compiling needs or has another
     architecture, ValueError for a policy that makes no sense.
     """
-    arch = arch or platform.machine()
+    arch = arch or os.uname().machine
     if arch not in NUMBERS:
         known = ", ".join(NUMBERS)
         raise LauncherUnavailable(
