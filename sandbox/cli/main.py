@@ -30,7 +30,8 @@ def main() -> None:
     gc.disable()
     try:
         run = _quick_run() or _usual_run()
-        if is_ours:
+        # `run` and `shell` take it back themselves, where there is something to close.
+        if is_ours and sys.argv[1:2] not in (["run"], ["shell"]):
             signal.signal(signal.SIGINT, handler)
         run()
     except Ended as end:

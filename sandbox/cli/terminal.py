@@ -133,9 +133,17 @@ def carried(hand_over: Callable[[dict[str, int]], Pending], progress: Progress, 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """An interrupt where no tool runs ends us as it would end any program, and the call with us."""
+    """An interrupt where no tool runs ends us as it would end any program, and the call with us.
+
+    Outside of it an interrupt may well be left to the kernel: there is nothing yet, or any more, to close.
+    """
+    is_kernels = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     try:
+        if is_kernels:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
+        if is_kernels:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
         raise Ended(128 + signal.SIGINT) from None
 
