@@ -38,7 +38,7 @@ def install(state: str) -> None:
         if (place / "fault").exists():
             mode = (place / "fault").read_text()
             (place / "fault").unlink()
-            note(f"{'parked' if call.jail.steps_applied else 'unsealed'} {call.jail.name}")
+            note(f"{'parked' if call.jail.steps_applied else 'unsealed'} {call.jail.name} {call.call_id}")
             os.kill(os.getppid(), signal.SIGKILL if mode == "die" else signal.SIGUSR1)
             # Its end of the channel closes in that moment; the loop hears of it only after we have gone on.
             poller = select.poll()

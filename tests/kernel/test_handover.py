@@ -40,9 +40,9 @@ def test_a_standby_whose_caller_went_before_its_start_is_never_handed_out_again(
     wait_gone(str(state), os.getpid())
 
     lines = [line.split() for line in (state / "handed").read_text().splitlines()]
-    handed = Counter(name for what, name in lines if what == "handed")
-    started = Counter(name for what, name in lines if what == "start")
-    (taken,) = [name for what, name in lines if what == "parked"]
+    handed = Counter(name for what, name, *_ in lines if what == "handed")
+    started = Counter(name for what, name, *_ in lines if what == "start")
+    ((taken, given_up),) = [rest for what, *rest in lines if what == "parked"]
     assert set(handed.values()) == set(started.values()) == {1}
     assert handed[taken] == 1
 
@@ -52,7 +52,7 @@ def test_a_standby_whose_caller_went_before_its_start_is_never_handed_out_again(
     closed = [entry for entry in iter_entries(state) if entry["entry"] == "closed"]
     assert opened == Counter(entry["record_id"] for entry in closed)
     assert set(opened.values()) == {1}
-    ends = {entry["isolation"]["cgroup"]: entry["ending"] for entry in closed}
-    assert (ends[taken]["kind"], ends[taken]["fault"]) == ("killed", "caller")
+    ends = {entry["call_id"]: entry["ending"] for entry in closed}
+    assert (ends[given_up]["kind"], ends[given_up]["fault"]) == ("killed", "caller")
     assert "lost" not in {end["kind"] for end in ends.values()}
     assert not cgroup.reap()
