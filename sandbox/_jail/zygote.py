@@ -45,7 +45,10 @@ def main(control_fd: int) -> None:
                 os.read(wake_read, 4096)
             _reap()
         if control_fd in ready:
-            message, fds = wire.receive(control)
+            try:
+                message, fds = wire.receive(control)
+            except ConnectionResetError:
+                message = None  # closed as well, with something that we sent unread (unix(7))
             if message is None:
                 os._exit(0)  # there is nothing to take apart, and that would take longer than our start
             _launch(control, message, fds, (wake_read, wake_write))
