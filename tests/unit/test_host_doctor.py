@@ -80,3 +80,27 @@ def test_the_summary_says_what_an_allowlist_gets(monkeypatch: pytest.MonkeyPatch
     assert "at most 12 ports" in without.output
     assert "no nf_tables with tproxy   fix: sudo modprobe nft_tproxy" in without.output
     assert without.exit_code == with_it.exit_code == 0, "calls are held on any kernel"
+
+
+def test_a_kernel_as_of_wsl2_is_told_feature_by_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel is its own: version 1 trees beside an empty unified one, uncounted swap, no Landlock, no TPROXY."""
+    no_tproxy = host.Feature(False, "nft_tproxy: Operation not supported", "sudo modprobe nft_tproxy")
+    wsl = replace(
+        FULL,
+        kernel="5.15.153.1-microsoft-standard-WSL2",
+        cgroup_kind="hybrid",
+        cgroups={name: host.CgroupControl("v1") for name in FULL.cgroups},
+        swap_bytes=4 << 30,
+        swap_accounted=False,
+        landlock_abi=0,
+        tproxy=no_tproxy,
+    )
+    result = run(monkeypatch, wsl)
+    assert result.exit_code == 1
+    assert "not fully enforced here: memory\n" in result.output
+    assert "fix: boot with swapaccount=1, or sudo swapoff -a" in result.output
+    assert "fix: boot with systemd.unified_cgroup_hierarchy=1" in result.output
+    # A second wall, and ports that can be named without the module: said, and no reason to refuse a call.
+    assert "landlock" in result.output
+    assert "sudo modprobe nft_tproxy" in result.output
+    assert run(monkeypatch, replace(wsl, swap_bytes=0)).exit_code == 0
