@@ -171,7 +171,7 @@ def assert_refused(result: dict[str, object]) -> None:
     """A reset, soon: not a hang, not an answer."""
     assert result["ok"] is False, result
     assert result["error"] in ("ECONNRESET", "ECONNREFUSED", "EPIPE"), result
-    assert float(str(result["seconds"])) < 2
+    assert float(str(result["seconds"])) < 9, "the probe itself gives up after 10"
 
 
 def test_an_allowed_name_is_reached_and_on_record(seen: dict[str, Seen]) -> None:

@@ -95,7 +95,7 @@ def test_a_call_that_loses_the_gateway_ends_and_nothing_passes_any_more() -> Non
     told = run_in_world(lambda: lose_the_gateway(signal.SIGKILL), HOSTS)
     assert told["before"]
     assert (told["ending"]["kind"], told["ending"]["fault"]) == ("lost", "us")
-    assert told["seconds"] < 5
+    assert told["seconds"] < 15, "sooner than a gateway that hangs is taken for lost"
     assert told["network"] is None, "nobody knows what passed, and the record says so"
     assert told["still reached"] == 0
     assert told["after"], "the next call gets a new gateway"
@@ -296,9 +296,9 @@ def beside_a_flood() -> dict[str, Any]:
 def test_a_flood_delays_neither_other_calls_nor_their_ends() -> None:
     told = run_in_world(beside_a_flood, HOSTS)
     assert told["fetched"] == [True] * 5
-    assert told["fetch_s"] < 5
+    assert told["fetch_s"] < 15
     assert told["ended"]["kind"] == "limit:wall_time"
-    assert 1.9 < told["ended_s"] < 6, "2 s, and the start of a jail on a busy machine"
+    assert 1.9 < told["ended_s"] < 20, "2 s, and the start of a jail on a busy machine"
     assert told["moved"] > 1 << 20
 
 
