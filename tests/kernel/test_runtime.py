@@ -22,12 +22,13 @@ import pytest
 
 from sandbox import ManifestError, Outcome, ProfileError, Sandbox, Unenforceable
 from sandbox.audit.store import iter_entries
+from tests.helpers.escape import TIME_FACTOR
 
 pytestmark = [pytest.mark.needs("jail")]
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + within_s * TIME_FACTOR
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -303,7 +304,7 @@ def test_a_keyboard_interrupt_in_run_ends_the_call(tmp_path: Path, mark: str) ->
     with child(tmp_path, mark, body) as process:
         assert eventually(lambda: is_running_inside(mark), 20)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=30 * TIME_FACTOR)
     assert out.split("\n")[:2] == ["interrupted", "still works"]
     assert record_of_mark(tmp_path / "state", mark)["ending"]["kind"] == "killed"
     assert not is_running(mark)
@@ -359,7 +360,7 @@ def test_forked_children_get_supervisors_of_their_own_and_the_parent_keeps_its(t
         print(box.run(["true"]).ok, pids(box) == first)
     """
     with child(tmp_path, mark, body) as process:
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=60 * TIME_FACTOR)
     assert out.splitlines() == ["child 0 True 0", "child 1 True 0", "True True"]
 
 

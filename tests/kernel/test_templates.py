@@ -47,7 +47,7 @@ def until_warm(call: Callable[[], Outcome], within_s: float = 60.0) -> Outcome:
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + within_s * TIME_FACTOR
     while not condition():
         if time.monotonic() > deadline:
             return False
