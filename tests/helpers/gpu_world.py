@@ -283,10 +283,14 @@ def scene_supervisor_dies(box: Sandbox, world: nvml.Scenario) -> Any:
     return {"lost": lost, "leases": leases, "next": told(box.run(["true"], **{"gpu.count": 2}))}
 
 
-def scene_cli(box: Sandbox, world: nvml.Scenario) -> Any:
-    """`sandbox gpu` and `sandbox doctor` beside a call that holds a GPU."""
+def before_cli(world: nvml.Scenario) -> None:
+    """A GPU in slices, and a reading that it does not have: devices are found when the supervisor starts."""
     world.devices.clear()
     world.device(0, sm=30).device(1, mig=1).slice(1, 0).fail("nvmlDeviceGetPowerUsage", 3).write()
+
+
+def scene_cli(box: Sandbox, world: nvml.Scenario) -> Any:
+    """`sandbox gpu` and `sandbox doctor` beside a call that holds a GPU."""
     call = Call(box, tool("shown"), count=1)
     world.process(0, call.pid, 100).write()
     shown = [_cli("gpu", "--json"), _cli("gpu"), _cli("doctor")]
@@ -357,6 +361,8 @@ def scenes() -> Iterator[tuple[str, Callable[[Sandbox, nvml.Scenario], Any]]]:
 
 def main(scene: str, directory: str, library: str) -> None:
     world = enter(Path(directory), Path(library))
+    if f"before_{scene}" in globals():
+        globals()[f"before_{scene}"](world)
     with Sandbox("shell", state=Path(directory) / "state", wall_time="30s") as box:
         print(json.dumps(dict(scenes())[scene](box, world)))
 
