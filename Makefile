@@ -26,8 +26,8 @@ test: venv ## all tests; as root also the user-mode ones as an ordinary user
 	.venv/bin/python -m pytest -n 2 --dist loadscope tests
 	@if [ "$$(id -u)" = 0 ]; then $(MAKE) --no-print-directory test-user; fi
 
-test-user: venv ## kernel and escape tests as an unprivileged uid (needs root)
-	scripts/as-user python -m pytest -n 2 --dist loadscope -p no:cacheprovider tests/kernel tests/escape tests/conformance
+test-user: venv ## kernel, escape and conformance tests as an unprivileged uid (needs root)
+	scripts/as-user python -m pytest -n 2 --dist loadscope -p no:cacheprovider tests/kernel tests/escape tests/conformance/test_launchers.py
 
 test-v2: venv ## the tests that depend on the kernel and its cgroups, on a cgroup v2 machine (qemu)
 	scripts/test-v2

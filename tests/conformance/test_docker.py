@@ -332,6 +332,7 @@ def test_a_daemon_without_room_is_the_hosts_fault(
         subprocess.run(["umount", "-l", str(short_path)], check=True)
 
 
+@pytest.mark.needs("root")
 def test_a_remote_daemon_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from sandbox import Unenforceable
 

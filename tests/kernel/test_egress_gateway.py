@@ -25,7 +25,10 @@ GET = "GET /x HTTP/1.1\r\nhost: h\r\n\r\n"
 
 
 def gateways() -> list[int]:
-    """The gateway processes of this world: those in our network namespace."""
+    """The gateway processes of this world: those in our network namespace, as far as can be seen.
+
+    Where it may not be seen, those that descend from this process, or from none any more.
+    """
     ours = os.readlink("/proc/self/ns/net")
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -39,11 +42,22 @@ def gateways() -> list[int]:
 
 
 def _namespace(pid: str) -> str:
-    """Empty when it may not be read: the gateway is not dumpable, and we are no root."""
+    """Empty when it may not be read and it may be ours: the gateway is not dumpable, and we are no root."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net")
     except PermissionError:
-        return "" if os.stat(f"/proc/{pid}").st_uid in (0, os.getuid()) else "other"
+        above = _ancestors(pid)
+        return "" if os.getpid() in above or above[:1] == [1] else "other"
+
+
+def _ancestors(pid: str) -> list[int]:
+    """Its parent, that one's parent, and so on, up to the first process of all."""
+    found = []
+    parent = int(pid)
+    while parent > 1:
+        parent = int(Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(parent)
+    return found
 
 
 def probe(*actions: Any) -> list[str]:
