@@ -96,19 +96,19 @@ def inside(box: Sandbox, uuid: str) -> dict[str, Any]:
 
 
 def reaction(box: Sandbox, sampler: Sampler, uuid: str, repeat: int) -> dict[str, Any]:
-    """From the allocation over the limit to the end of the call, and to the memory being free again."""
+    """From asking for the memory over the limit to the end of the call, and to the memory being free again."""
     dead, freed, seen = [], [], []
     must = sampler.nvml().must
     for _ in range(repeat):
         before = must("nvmlDeviceGetMemoryInfo", sampler.handle(uuid)).used
         outcome = program(box, "fill", str(LIMIT_MIB * 2), "20", devices=[uuid], memory=f"{LIMIT_MIB}MiB")
         ended_s = time.monotonic()
-        filled = [event["at_s"] for event in events(outcome) if event["event"] == "filled"]
-        if outcome.ending.kind != "limit:gpu_memory" or not filled:
+        asked = [event["at_s"] for event in events(outcome) if event["event"] == "allocating"]
+        if outcome.ending.kind != "limit:gpu_memory" or not asked:
             seen.append(str(outcome))
             continue
         # CLOCK_MONOTONIC is the same inside: jails have no time namespace.
-        dead.append((ended_s - filled[0]) * 1000)
+        dead.append((ended_s - asked[0]) * 1000)
         while (used := must("nvmlDeviceGetMemoryInfo", sampler.handle(uuid)).used) > before + (64 << 20):
             if time.monotonic() > ended_s + FREE_TIMEOUT_S:
                 break
@@ -116,7 +116,7 @@ def reaction(box: Sandbox, sampler: Sampler, uuid: str, repeat: int) -> dict[str
         if used > before + (64 << 20):
             seen.append(f"{used - before >> 20} MiB not free after {FREE_TIMEOUT_S} s, somebody else's perhaps")
             continue
-        freed.append((time.monotonic() - filled[0]) * 1000)
+        freed.append((time.monotonic() - asked[0]) * 1000)
     result: dict[str, Any] = {"other endings": seen}
     return result | ({"to the outcome": spread(dead), "to memory free": spread(freed)} if dead and freed else {})
 

@@ -93,6 +93,8 @@ def stop(why: str) -> None:
 
 
 def fill(cuda: Cuda, mib: int, seconds: float) -> None:
+    # Said before: over its limit it may be killed before it could say that it has the memory.
+    say(event="allocating", mib=mib)
     pointer = cuda.allocate(mib << 20)
     cuda.check("cuMemsetD8_v2", pointer, 1, ctypes.c_size_t(mib << 20))
     cuda.check("cuCtxSynchronize")

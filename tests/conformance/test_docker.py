@@ -25,6 +25,7 @@ from sandbox.runtime_outcome import program_outcome
 from tests.helpers import engine as engines
 from tests.helpers import nvml
 from tests.helpers.gpu_world import SCENARIO
+from tests.helpers.waiting import eventually
 
 GATES = Path("/run/toolcall-sandbox")
 WAIT_S = 60.0
@@ -64,10 +65,14 @@ def containers(engine: engines.Engine) -> list[dict[str, Any]]:
 
 
 def wait_for(what: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + WAIT_S
-    while not (found := what()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+    found: Any = None
+
+    def look() -> Any:
+        nonlocal found
+        found = what()
+        return found
+
+    assert eventually(look, WAIT_S), "waited too long"
     return found
 
 

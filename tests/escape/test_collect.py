@@ -70,7 +70,7 @@ def test_a_fifo_does_not_hold_up_the_collector(work: Path) -> None:
     os.mkfifo(work / "out/fifo.json")
     started = time.monotonic()
     found, skipped = collected(work, "out/*.json")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert set(found) == {"out/honest.json"}
     assert skipped == [("out/fifo.json", "special")]
 

@@ -63,7 +63,7 @@ def test_a_classic_fork_bomb_harms_nobody(jail: Jail) -> None:
     started = time.monotonic()
     outcome = jail.run(["bash", "-c", ":(){ :|:& };:; sleep 20"], pids=32, wall_time="1.5s")
     assert outcome.ending.kind in ("limit:wall_time", "tool_error", "ok")
-    assert time.monotonic() - started < 8 * TIME_FACTOR
+    assert time.monotonic() - started < 15 * TIME_FACTOR
     assert jail.run(["echo", "alive"]).text == "alive\n"
 
 
@@ -234,7 +234,7 @@ def test_cpu_time_ends_a_miner(jail: Jail) -> None:
     started = time.monotonic()
     outcome = jail.run(["sh", "-c", "while :; do :; done & while :; do :; done"], cpu_time="0.5s", **_lenient())
     assert (outcome.ending.kind, outcome.ending.fault) == ("limit:cpu_time", "tool")
-    assert time.monotonic() - started < 8 * TIME_FACTOR
+    assert time.monotonic() - started < 15 * TIME_FACTOR
     assert jail.run(["sh", "-c", "echo short"], cpu_time=f"{5 * TIME_FACTOR}s", **_lenient()).ok
 
 

@@ -12,6 +12,7 @@ import pytest
 from sandbox import Sandbox
 from sandbox.supervisor import polling
 from tests.helpers.escape import TIME_FACTOR, Jail
+from tests.helpers.waiting import describe, eventually
 from tests.helpers.workspaces import plant
 
 pytestmark = [pytest.mark.needs("jail")]
@@ -46,6 +47,11 @@ def processes_with(marker: str) -> list[int]:
     return found
 
 
+def assert_gone(marker: str) -> None:
+    eventually(lambda: not processes_with(marker))
+    assert [describe(pid) for pid in processes_with(marker)] == []
+
+
 @pytest.mark.parametrize("how", DAEMONS)
 def test_nothing_outlives_the_call(jail: Jail, marker: str, how: str) -> None:
     start = DAEMONS[how].format(sleep=f"sleep {marker}")
@@ -77,7 +83,7 @@ def test_the_wall_time_ends_it_whatever_it_does(jail: Jail, marker: str, script:
     outcome = jail.run(["sh", "-c", script.format(m=marker)], wall_time="0.7s")
     assert (outcome.ending.kind, outcome.exit_code) == ("limit:wall_time", 124)
     assert outcome.record.ending.kind == "limit:wall_time"
-    assert time.monotonic() - started < 5 * TIME_FACTOR
+    assert time.monotonic() - started < 15 * TIME_FACTOR
     assert processes_with(marker) == []
 
 
@@ -101,10 +107,7 @@ def test_leaving_a_stream_early_ends_the_call(jail: Jail, marker: str) -> None:
     with jail.box.stream(["sh", "-c", f"echo started; sleep {marker}"]) as stream:
         next(iter(stream))
         assert processes_with(marker)
-    deadline = time.monotonic() + 5 * TIME_FACTOR
-    while processes_with(marker) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert processes_with(marker) == []
+    assert_gone(marker)
 
 
 def test_a_jail_does_not_outlive_its_supervisor(tmp_path: Path, marker: str) -> None:
@@ -124,10 +127,7 @@ def test_a_jail_does_not_outlive_its_supervisor(tmp_path: Path, marker: str) -> 
                 assert processes_with(marker)
                 os.kill(supervisor, signal.SIGKILL)
             stream.outcome  # noqa: B018 - raises CallLost
-    deadline = time.monotonic() + 5 * TIME_FACTOR
-    while processes_with(marker) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert processes_with(marker) == []
+    assert_gone(marker)
     with Sandbox("shell", state=state) as box:
         assert box.run(["true"]).ok
 

@@ -7,13 +7,13 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.escape.conftest import Secret
 from tests.helpers.escape import TIME_FACTOR, Errno, Jail, source
+from tests.helpers.waiting import eventually
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -141,11 +141,12 @@ def test_no_process_of_a_jail_has_the_hosts_root_uid(jail: Jail) -> None:
     zygote = jail.box._link.zygote_pid
     with jail.box.stream(["sleep", "30"]) as stream:
         del stream
-        deadline = time.monotonic() + 10 * TIME_FACTOR
-        while not (tools := [pid for pid in polling.descendants(zygote) if _name(pid) == "sleep"]):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        for pid in tools:
+
+        def tools() -> list[int]:
+            return [pid for pid in polling.descendants(zygote) if _name(pid) == "sleep"]
+
+        assert eventually(tools)
+        for pid in tools():
             ids = {int(word) for word in _field(pid, "Uid").split()} | {
                 int(word) for word in _field(pid, "Gid").split()
             }

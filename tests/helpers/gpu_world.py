@@ -76,6 +76,13 @@ class Call:
             return self.stream.outcome
 
 
+def _name(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _words(pid: str, file: str = "cmdline") -> list[str]:
     try:
         return Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace").split("\0")[:-1]
@@ -319,7 +326,7 @@ def scene_bench(box: Sandbox, world: nvml.Scenario) -> Any:
             world.device(0, rate=100000).device(1, rate=100000, used=9000)
             for pid in filter(str.isdigit, os.listdir("/proc")):
                 words = _words(pid)
-                if words[:2] == ["python3", "-c"] and words[3:4] in (["fill"], ["hash"]):
+                if words[3:4] in (["fill"], ["hash"]) and _name(pid) == "has-gpu-memory":
                     unit = 1 if "CUDA_VISIBLE_DEVICES=GPU-standin-1" in _words(pid, "environ") else 0
                     world.process(unit, int(pid), int(words[4]) if words[3] == "fill" else 10, sm=100)
             world.write()

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,13 +91,3 @@ def _make(hosts: Mapping[str, str], directory: Path) -> None:
         (directory / name).write_text(text)
         mounts.bind(str(directory / name), os.path.realpath(f"/etc/{name}"), 0)
     os.environ["SANDBOX_STATE"] = str(directory / "state")
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    """Poll until it holds."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sandbox._linux import cgroup
+from tests.helpers.waiting import eventually
 from tests.kernel.test_cgroup_limits import REPOSITORY, running, tree
 
 pytestmark = pytest.mark.needs("cgroup")
@@ -43,15 +44,6 @@ while True:
 """
 
 
-def wait_until(condition, timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def groups_on_host(name: str) -> list[Path]:
     layout = cgroup.detect()
     trees = [*layout.v1.values(), *([layout.v2] if layout.v2 else [])]
@@ -71,7 +63,7 @@ def test_kill_ends_everything_inside(tree: cgroup.Tree, code: str) -> None:
         assert not group.is_empty()
         assert group.kill(timeout_s=20)
         assert child.wait(10) == -signal.SIGKILL
-        assert wait_until(group.is_empty)
+        assert eventually(group.is_empty)
     assert group.destroy()
 
 
@@ -102,13 +94,13 @@ def test_a_frozen_group_stands_still_and_goes_on_after_the_thaw(tree: cgroup.Tre
             except BlockingIOError:
                 return False
 
-        assert wait_until(progress)
+        assert eventually(progress)
         assert group.freeze(timeout_s=10)
         progress()
         time.sleep(0.2)
         assert not progress()
         assert group.thaw(timeout_s=10)
-        assert wait_until(progress)
+        assert eventually(progress)
         assert group.freeze(timeout_s=10)
         assert group.kill(timeout_s=10)
         assert child.wait(10) == -signal.SIGKILL, "a frozen process can be killed"
@@ -220,8 +212,8 @@ def test_a_dead_owners_groups_are_reaped_with_what_runs_in_them(owner: tuple[sub
     assert groups_on_host(name)
     # Another supervisor's start may reap them first: what counts is that they are gone.
     cgroup.reap()
-    assert wait_until(lambda: not is_running(sleeper))
-    assert wait_until(lambda: not groups_on_host(name))
+    assert eventually(lambda: not is_running(sleeper))
+    assert eventually(lambda: not groups_on_host(name))
 
 
 def test_a_living_owners_groups_are_left_alone(owner: tuple[subprocess.Popen[str], str, int]) -> None:
@@ -250,7 +242,7 @@ def test_groups_that_only_look_like_ours_are_left_alone() -> None:
         os.close(fd)
         fd = -1
         cgroup.reap()
-        assert wait_until(lambda: not locked.exists())
+        assert eventually(lambda: not locked.exists())
     finally:
         if fd >= 0:
             os.close(fd)

@@ -24,7 +24,8 @@ from sandbox.prepare import interpreter
 from sandbox.supervisor import identity
 from sandbox.supervisor.attending import Attending
 from tests.helpers.net_servers import Outside, echo
-from tests.helpers.net_world import OTHER, WEB, run_in_world, wait_until
+from tests.helpers.net_world import OTHER, WEB, run_in_world
+from tests.helpers.waiting import eventually
 
 pytestmark = [pytest.mark.needs("jail")]
 WALLS: dict[str, dict[str, str]] = {
@@ -215,7 +216,7 @@ def test_nothing_of_a_container_is_left_on_the_host(box: Sandbox, name: str) -> 
     for _ in range(3):
         assert box.run(["sh", "-c", "exit 0"], wall_time="9s").ok
     # A standby may be on its way, and runc has a group of its own for as long as that takes.
-    assert wait_until(lambda: _traces(name, supervisor) <= before), _traces(name, supervisor) - before
+    assert eventually(lambda: _traces(name, supervisor) <= before), _traces(name, supervisor) - before
 
 
 def test_a_container_whose_makers_are_killed_ends_and_the_next_call_gets_another(box: Sandbox) -> None:
@@ -241,7 +242,7 @@ def test_a_killed_supervisor_takes_its_containers_with_it(name: str, tmp_path: P
             os.kill(box._link.supervisor_pid, signal.SIGKILL)
             with pytest.raises(CallLost):
                 _ = stream.outcome
-        assert wait_until(lambda: not _running(mark))
+        assert eventually(lambda: not _running(mark))
         # The next one closes what is open and finds nothing in its way.
         assert box.run(["true"]).ok
 
@@ -367,11 +368,8 @@ def _running(mark: str) -> list[int]:
 
 
 def _wait_running(mark: str) -> int:
-    deadline = time.monotonic() + 30
-    while not (found := _running(mark)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found[0]
+    assert eventually(lambda: _running(mark))
+    return _running(mark)[0]
 
 
 def _ancestor(pid: int, count: int) -> int:

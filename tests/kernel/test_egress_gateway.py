@@ -16,7 +16,8 @@ import pytest
 
 from tests.helpers.net_scenes import PROBE, do
 from tests.helpers.net_servers import Outside, echo, http
-from tests.helpers.net_world import OTHER, WEB, run_in_world, wait_until
+from tests.helpers.net_world import OTHER, WEB, run_in_world
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -89,7 +90,7 @@ def lose_the_gateway(signal_number: int) -> dict[str, Any]:
         outcomes: list[Any] = []
         caller = threading.Thread(target=lambda: outcomes.append(box.run(probe(flood))))
         caller.start()
-        assert wait_until(lambda: outside.count(f"echo {WEB}") > 20)
+        assert eventually(lambda: outside.count(f"echo {WEB}") > 20)
         started = time.monotonic()
         os.kill(pid, signal_number)
         caller.join(client.HANG_S + 30)
@@ -101,7 +102,7 @@ def lose_the_gateway(signal_number: int) -> dict[str, Any]:
         told["still reached"] = len(outside.take_reached())
         told["after"] = box.run(probe(get("www.example.test"))).ok
         told["new gateway"] = gateways() not in ([], [pid])
-    told["left"] = wait_until(lambda: gateways() == [])
+    told["left"] = eventually(lambda: gateways() == [])
     return told
 
 
@@ -288,7 +289,7 @@ def beside_a_flood() -> dict[str, Any]:
         ]
         for hammer in hammers:
             hammer.start()
-        assert wait_until(lambda: outside.count(f"echo {WEB}") > 50)
+        assert eventually(lambda: outside.count(f"echo {WEB}") > 50)
         started = time.monotonic()
         fetched = [box.run(probe(get("www.example.test"))) for _ in range(5)]
         fetch_s = (time.monotonic() - started) / 5

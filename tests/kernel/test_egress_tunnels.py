@@ -15,7 +15,8 @@ import pytest
 
 from tests.helpers.net_scenes import PROBE, do
 from tests.helpers.net_servers import Outside, greet
-from tests.helpers.net_world import OTHER, WEB, run_in_world, wait_until
+from tests.helpers.net_world import OTHER, WEB, run_in_world
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.needs("root", "userns")
 
@@ -89,7 +90,7 @@ def iodine() -> dict[str, Any]:
     told: dict[str, Any] = {}
     server = ["iodined", "-f", "-c", "-P", "pw", "-l", OTHER, "10.77.0.1", ZONE]
     with running(server, env=env), Sandbox("shell", wall_time="60s", read=[str(place)]) as box:
-        assert wait_until(lambda: UP in plainly(IODINE, env), 30), "the tunnel does not even work without a jail"
+        assert eventually(lambda: UP in plainly(IODINE, env), 30), "the tunnel does not even work without a jail"
         for name, allow in (("named", ["www.example.test:80"]), ("zone", [f"**.{ZONE}:443", f"{OTHER}:53"])):
             started = time.monotonic()
             outcome = box.run(IODINE, env=env, allow_hosts=allow)

@@ -213,7 +213,7 @@ def test_the_benchmark_for_a_real_gpu_runs_from_end_to_end(play: Play) -> None:
     # Shows that its parts fit together. Its figures are those of stand-ins and say nothing.
     found = play("bench")
     assert found["inside"]["with a grant"][0] == "ok"
-    assert [event["event"] for event in found["inside"]["with a grant"][1]] == ["open", "filled"]
+    assert [event["event"] for event in found["inside"]["with a grant"][1]] == ["open", "allocating", "filled"]
     assert found["inside"]["without"][1] == 3
     assert found["inside"]["nodes with a grant"] == ["./nvidia-uvm", "./nvidia0", "./nvidiactl"]
     assert found["inside"]["nodes without"] == []

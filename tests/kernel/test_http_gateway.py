@@ -17,7 +17,8 @@ import pytest
 
 from tests.helpers.net_http import Site
 from tests.helpers.net_servers import Certificates, Outside
-from tests.helpers.net_world import WEB, run_in_world, wait_until
+from tests.helpers.net_world import WEB, run_in_world
+from tests.helpers.waiting import eventually
 from tests.kernel.test_egress_gateway import gateways
 
 pytestmark = pytest.mark.needs("userns")
@@ -89,7 +90,7 @@ def lost() -> dict[str, Any]:
         "after": after.stdout.decode().split("\n"),
         "ending": outcomes[0].ending.to_json(),
         "seconds": took,
-        "left": wait_until(lambda: gateways() == []),
+        "left": eventually(lambda: gateways() == []),
     }
 
 
@@ -158,7 +159,7 @@ def traces() -> dict[str, Any]:
     planted = [path.name for path in state.rglob("*") if path.is_file() and VALUE.encode() in path.read_bytes()]
     os.environ["PLANTED"] = VALUE
     child = os.spawnve(os.P_NOWAIT, "/bin/sleep", ["sleep", "20"], dict(os.environ))
-    wait_until(lambda: str(child) in processes_with(VALUE.encode()))
+    eventually(lambda: str(child) in processes_with(VALUE.encode()))
     control = str(child) in processes_with(VALUE.encode())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -13,7 +13,6 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,9 @@ import pytest
 from sandbox import ManifestError, Outcome, ProfileError, Sandbox, Unenforceable
 from sandbox.audit.store import iter_entries
 from tests.helpers.escape import TIME_FACTOR
+from tests.helpers.waiting import eventually
 
 pytestmark = [pytest.mark.needs("jail")]
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + within_s * TIME_FACTOR
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def is_running(mark: str) -> bool:

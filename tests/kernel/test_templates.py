@@ -24,6 +24,7 @@ import pytest
 from sandbox import Outcome, Sandbox
 from tests.helpers import leftovers
 from tests.helpers.escape import TIME_FACTOR
+from tests.helpers.waiting import eventually
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -44,15 +45,6 @@ def until_warm(call: Callable[[], Outcome], within_s: float = 60.0) -> Outcome:
             return done
         time.sleep(0.05)
     raise AssertionError(f"no template within {within_s:.0f} s: {done.record.isolation}")
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + within_s * TIME_FACTOR
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.fixture
