@@ -15,12 +15,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 AT = "/run/sandbox"
-_WAITING = f"read -r _ < {AT}/go || exit 125\n. {AT}/call\n"
+# The pipes have a directory of their own: a kernel of its own inside writes to pipes in writable mounts only.
+PIPES_IN = "pipes"
+_WAITING = f"read -r _ < {AT}/{PIPES_IN}/go || exit 125\n. {AT}/call\n"
 PIPES = ("go", "status", "stdin", "stdout", "stderr", "request", "result")
 NOTHING = "nothing"
 EMPTY = "empty"
 # Python's own, and what covers denied paths (`sandbox._jail.cover`).
-_DIRECTORIES = {EMPTY: 0o755, "scratch": 0o755, "lower": 0o755, "denied-directory": 0o000, "etc": 0o755}
+_DIRECTORIES = {
+    PIPES_IN: 0o755,
+    EMPTY: 0o755,
+    "scratch": 0o755,
+    "lower": 0o755,
+    "denied-directory": 0o000,
+    "etc": 0o755,
+}
 _FILES = {NOTHING: 0o644, "denied-file": 0o000}
 COMMAND = ("/bin/sh", f"{AT}/gate")
 
@@ -46,12 +55,12 @@ class Gate:
     def _fill(self, etc: Mapping[str, str], runtime_files: Sequence[Sequence[str]]) -> None:
         # The umask must not decide what the container's uid may open; the directory above is closed to all others.
         os.chmod(self.path, 0o755)  # noqa: S103
-        for name in PIPES:
-            os.mkfifo(self.path / name)
-            os.chmod(self.path / name, 0o666)  # noqa: S103
         for name, mode in _DIRECTORIES.items():
             (self.path / name).mkdir()
             os.chmod(self.path / name, mode)
+        for name in PIPES:
+            os.mkfifo(self._pipe(name))
+            os.chmod(self._pipe(name), 0o666)  # noqa: S103
         for name, mode in _FILES.items():
             (self.path / name).touch()
             os.chmod(self.path / name, mode)
@@ -76,15 +85,23 @@ class Gate:
             file.write(text.encode("utf-8", "surrogateescape"))
         os.chmod(self.path / name, 0o644)
 
+    def _pipe(self, name: str) -> Path:
+        return self.path / PIPES_IN / name
+
     def open_both(self, name: str) -> int:
         """A pipe's descriptor that is its own other side: it neither waits for one nor ends with one."""
-        return os.open(self.path / name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(self._pipe(name), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def open_reading(self, name: str) -> int:
-        return os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(self._pipe(name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def pipe_inside(name: str) -> str:
+    """Where a pipe is in the container."""
+    return f"{AT}/{PIPES_IN}/{name}"
 
 
 def call_script(
@@ -95,10 +112,10 @@ def call_script(
     With `terminal` among them that is all three, and the shell stays: as the leader of the session it has to be the one
     who opens it (credentials(7)). `open_files`: the limit, where the container was made with a higher one.
     """
-    status = f"{AT}/status"
+    status = pipe_inside("status")
     program = shlex.quote(argv[0])
     terminal = streams.get("terminal", "")
-    redirects = [f"<{streams['stdin']}", f">{AT}/stdout", f"2>{AT}/stderr"]
+    redirects = [f"<{streams['stdin']}", f">{pipe_inside('stdout')}", f"2>{pipe_inside('stderr')}"]
     if terminal:
         redirects = [f"<>{terminal}", ">&0", "2>&0"]
     redirects += [f"3<{streams['request']}"] if "request" in streams else []

@@ -118,7 +118,7 @@ def test_a_feed_passes_everything_on_and_then_the_end(at: Path, size: int, sourc
             read_end, write_end = os.pipe()
             writing = loop.run_in_executor(None, _write_all, write_end, data)
         passing = Feed(loop, read_end, Gate(at).open_both("stdin"))
-        reading = loop.run_in_executor(None, (at / "stdin").read_bytes)
+        reading = loop.run_in_executor(None, (at / gate.PIPES_IN / "stdin").read_bytes)
         await asyncio.sleep(0.05)
         passing.start()
         found = await asyncio.wait_for(reading, 20)
