@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from sandbox.gpu import inventory, owners
@@ -12,6 +11,7 @@ from sandbox.gpu.leases import Leases
 from sandbox.gpu.limits import Asked, judge
 from sandbox.gpu.nvml import NvmlTrouble
 from sandbox.gpu.sampling import Reading, Sampler
+from sandbox.values import asdict
 
 GIB = 1 << 30
 
