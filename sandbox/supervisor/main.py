@@ -14,6 +14,7 @@ from typing import NoReturn
 from sandbox._linux import process, scheduling, wire
 from sandbox.errors import SandboxError
 from sandbox.launchers.zygote import Zygote
+from sandbox.supervisor import loading
 
 
 def run(argv: list[str]) -> NoReturn:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     # First of all: it loads its part while we load ours.
     zygote = Zygote.begin()
-    _load_asyncio()
+    loading.load_asyncio()
     import asyncio
 
     try:
@@ -46,21 +47,6 @@ def main(argv: list[str]) -> int:
     except SandboxError as error:
         wire.send(control, {"ev": "failed", "type": type(error).__name__, "message": error.message, "hint": error.hint})
         return 1
-
-
-def _load_asyncio() -> None:
-    """asyncio without ssl, which takes longer to load than all of its own modules.
-
-    It does without where Python has none, and here it may: TLS is the egress gateway's, a process of its own. Whoever
-    else imports ssl in this process, as docker's SDK does, gets it.
-    """
-    if "ssl" in sys.modules:
-        return
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # what makes an import say that there is none
-    try:
-        import asyncio  # noqa: F401
-    finally:
-        del sys.modules["ssl"]
 
 
 async def _run(control: socket.socket, state: Path, zygote: Zygote) -> int:

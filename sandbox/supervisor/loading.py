@@ -1,0 +1,74 @@
+"""asyncio without what it names and a supervisor does not use: that takes longer to load than asyncio's own modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+# Used when something has gone wrong, or for TLS in asyncio's own streams. By module: the functions that are looked
+# up in it when asyncio is loaded.
+_LATER: dict[str, tuple[str, ...]] = {
+    "inspect": (),
+    "linecache": (),
+    "traceback": ("extract_stack",),
+    "asyncio.sslproto": (),
+    "asyncio.staggered": (),
+}
+
+
+class _Later(ModuleType):
+    """Stands for a module until somebody asks for anything in it, and passes on what is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def _real(self) -> ModuleType:
+        # Asked for while it is being stood for: then it is loaded now.
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return import_module(self.__name__)
+
+    def stand_in(self, function: str) -> None:
+        """Have this function without loading the module that it comes from."""
+        setattr(self, function, lambda *args, **given: getattr(self._real(), function)(*args, **given))
+
+
+@contextmanager
+def _stood_for(modules: dict[str, tuple[str, ...]]) -> Iterator[None]:
+    stands = {name: _Later(name) for name in modules if name not in sys.modules}
+    for name, stand in stands.items():
+        for function in modules[name]:
+            stand.stand_in(function)
+    sys.modules.update(stands)
+    try:
+        yield
+    finally:
+        for name, stand in stands.items():
+            if sys.modules.get(name) is stand:
+                del sys.modules[name]
+
+
+def load_asyncio() -> None:
+    """Load asyncio. Precondition: one thread.
+
+    ssl it does without where Python has none, and here it may: TLS is the egress gateway's, a process of its own. All
+    the others are loaded when asyncio looks into them. Whoever else imports any of them in this process, as docker's
+    SDK does, gets it.
+    """
+    if "asyncio" in sys.modules:
+        return
+    without_ssl = "ssl" not in sys.modules
+    if without_ssl:
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # what makes an import say that there is none
+    try:
+        with _stood_for(_LATER):
+            import asyncio  # noqa: F401
+    finally:
+        if without_ssl:
+            del sys.modules["ssl"]

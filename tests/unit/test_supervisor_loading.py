@@ -1,0 +1,59 @@
+"""A supervisor loads asyncio without what it does not use, and gets it when it does use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_START = f"""
+import json, sys
+sys.path.append({str(ROOT)!r})
+from sandbox.supervisor import loading
+loading.load_asyncio()
+import asyncio
+loaded = [name for name in {["ssl", "inspect", "ast", "traceback", "asyncio.sslproto"]!r} if name in sys.modules]
+"""
+
+
+def run(code: str) -> tuple[object, str]:
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _START + code], capture_output=True, text=True, check=True, timeout=60
+    )
+    return json.loads(done.stdout), done.stderr
+
+
+def test_what_asyncio_names_and_a_supervisor_does_not_use_is_not_loaded() -> None:
+    loaded, _ = run("print(json.dumps(loaded))")
+    assert loaded == []
+
+
+def test_what_is_asked_for_later_is_the_real_module() -> None:
+    asked, _ = run("""
+import asyncio.sslproto, asyncio.staggered, inspect, ssl, traceback
+print(json.dumps([inspect.isfunction(loading.load_asyncio), hasattr(ssl, "SSLContext"),
+    hasattr(asyncio.sslproto, "SSLProtocol"), asyncio.sslproto is sys.modules["asyncio.sslproto"]]))
+""")
+    assert asked == [True, True, True, True]
+
+
+def test_asyncio_tells_of_a_task_that_failed_as_ever() -> None:
+    found, told = run("""
+async def failing():
+    raise ValueError("as it must")
+
+async def main():
+    task = asyncio.get_running_loop().create_task(failing())
+    await asyncio.sleep(0)
+    frames = len(task.get_stack())
+    del task
+    return frames, asyncio.iscoroutinefunction(failing)
+
+print(json.dumps(asyncio.run(main(), debug=True)))
+""")
+    assert found == [1, True]
+    assert "Task exception was never retrieved" in told
+    assert "source_traceback: Object created at" in told
+    assert "ValueError: as it must" in told
