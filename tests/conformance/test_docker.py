@@ -25,7 +25,7 @@ from sandbox.runtime_outcome import program_outcome
 from tests.helpers import engine as engines
 from tests.helpers import nvml
 from tests.helpers.gpu_world import SCENARIO
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import awaited
 
 GATES = Path("/run/toolcall-sandbox")
 WAIT_S = 60.0
@@ -65,14 +65,8 @@ def containers(engine: engines.Engine) -> list[dict[str, Any]]:
 
 
 def wait_for(what: Callable[[], Any]) -> Any:
-    found: Any = None
-
-    def look() -> Any:
-        nonlocal found
-        found = what()
-        return found
-
-    assert eventually(look, WAIT_S), "waited too long"
+    found = awaited(what, WAIT_S)
+    assert found, "waited too long"
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 from sandbox import Sandbox
 from sandbox.supervisor import polling
 from tests.helpers.escape import TIME_FACTOR, Jail
-from tests.helpers.waiting import describe, eventually
+from tests.helpers.waiting import describe, left
 from tests.helpers.workspaces import plant
 
 pytestmark = [pytest.mark.needs("jail")]
@@ -48,8 +48,7 @@ def processes_with(marker: str) -> list[int]:
 
 
 def assert_gone(marker: str) -> None:
-    eventually(lambda: not processes_with(marker))
-    assert [describe(pid) for pid in processes_with(marker)] == []
+    assert [describe(pid) for pid in left(lambda: processes_with(marker))] == []
 
 
 @pytest.mark.parametrize("how", DAEMONS)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.escape.conftest import Secret
 from tests.helpers.escape import TIME_FACTOR, Errno, Jail, source
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import awaited
 
 pytestmark = [pytest.mark.needs("jail")]
 
@@ -145,8 +145,9 @@ def test_no_process_of_a_jail_has_the_hosts_root_uid(jail: Jail) -> None:
         def tools() -> list[int]:
             return [pid for pid in polling.descendants(zygote) if _name(pid) == "sleep"]
 
-        assert eventually(tools)
-        for pid in tools():
+        found = awaited(tools)
+        assert found
+        for pid in found:
             ids = {int(word) for word in _field(pid, "Uid").split()} | {
                 int(word) for word in _field(pid, "Gid").split()
             }

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.needs("jail")]
+pytestmark = [pytest.mark.needs("jail"), pytest.mark.once]
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "sandbox.cli.main"]

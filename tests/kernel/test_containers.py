@@ -25,7 +25,7 @@ from sandbox.supervisor import identity
 from sandbox.supervisor.attending import Attending
 from tests.helpers.net_servers import Outside, echo
 from tests.helpers.net_world import OTHER, WEB, run_in_world
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import awaited, eventually
 
 pytestmark = [pytest.mark.needs("jail")]
 WALLS: dict[str, dict[str, str]] = {
@@ -368,8 +368,7 @@ def _running(mark: str) -> list[int]:
 
 
 def _wait_running(mark: str) -> int:
-    assert eventually(lambda: _running(mark))
-    return _running(mark)[0]
+    return awaited(lambda: _running(mark))[0]
 
 
 def _ancestor(pid: int, count: int) -> int:

@@ -22,7 +22,7 @@ import pytest
 from tests.helpers.net_servers import Certificates, Outside, echo, greet
 from tests.helpers.net_world import OTHER, WEB, run_in_world
 
-pytestmark = pytest.mark.needs("userns")
+pytestmark = [pytest.mark.needs("userns"), pytest.mark.once]
 
 NAMES = ("www.example.test", "git.example.test", "pypi.example.test")
 HOSTS = {**dict.fromkeys(NAMES, WEB), "ssh.example.test": WEB, "evil.test": OTHER}

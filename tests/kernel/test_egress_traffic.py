@@ -21,7 +21,7 @@ from tests.helpers.net_servers import (
 )
 from tests.helpers.net_world import OTHER, WEB, WEB_V6
 
-pytestmark = pytest.mark.needs("userns")
+pytestmark = [pytest.mark.needs("userns"), pytest.mark.once]
 
 MIB = 1 << 20
 GIB = 1 << 30

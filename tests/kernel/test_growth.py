@@ -13,7 +13,7 @@ import pytest
 
 from sandbox import Sandbox
 
-pytestmark = [pytest.mark.needs("jail")]
+pytestmark = [pytest.mark.needs("jail"), pytest.mark.once]
 
 CALLS = 2000
 THREADS = 8

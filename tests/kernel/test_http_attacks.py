@@ -12,7 +12,7 @@ from tests.helpers.net_scenes import do
 from tests.helpers.net_servers import Certificates, Outside
 from tests.helpers.net_world import OTHER, WEB
 
-pytestmark = pytest.mark.needs("userns")
+pytestmark = [pytest.mark.needs("userns"), pytest.mark.once]
 
 NAME = "www.example.test"
 INTERNAL = "10.1.2.3"

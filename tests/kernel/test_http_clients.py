@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.net_world import run_in_world
 from tests.kernel import test_egress_clients as clients
 
-pytestmark = pytest.mark.needs("userns")
+pytestmark = [pytest.mark.needs("userns"), pytest.mark.once]
 
 WWW, GIT, PYPI = clients.NAMES
 CODE = clients.CODE

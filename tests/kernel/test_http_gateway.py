@@ -21,7 +21,7 @@ from tests.helpers.net_world import WEB, run_in_world
 from tests.helpers.waiting import eventually
 from tests.kernel.test_egress_gateway import gateways
 
-pytestmark = pytest.mark.needs("userns")
+pytestmark = [pytest.mark.needs("userns"), pytest.mark.once]
 
 NAME = "www.example.test"
 HOSTS = {NAME: WEB}

@@ -11,7 +11,7 @@ from tests.helpers.net_http import HttpScene, SeenHttp, Site, blob, play_http
 from tests.helpers.net_servers import Certificates, Outside
 from tests.helpers.net_world import WEB
 
-pytestmark = pytest.mark.needs("userns")
+pytestmark = [pytest.mark.needs("userns"), pytest.mark.once]
 
 NAME = "www.example.test"
 URL = {"plain": f"http://{NAME}", "inspected": f"https://{NAME}"}

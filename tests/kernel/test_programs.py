@@ -21,7 +21,7 @@ import pytest
 
 from sandbox import Outcome, Sandbox
 
-pytestmark = [pytest.mark.needs("jail")]
+pytestmark = [pytest.mark.needs("jail"), pytest.mark.once]
 
 Run = Callable[..., str]
 

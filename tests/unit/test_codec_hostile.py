@@ -60,7 +60,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 @given(st.sampled_from(["json", "tree", "error"]), NODE, st.binary(max_size=64))
-@settings(max_examples=1500, deadline=2000)
+@settings(max_examples=600, deadline=60_000)
 @pytest.mark.filterwarnings("ignore")  # pandas warns about odd input; a warning is not a failure here
 def test_random_trees_give_a_value_or_a_codec_error(key: str, node: Any, buffers: bytes) -> None:
     survives(container({key: node}, buffers))
@@ -74,7 +74,7 @@ SAMPLES = [
 
 
 @given(st.sampled_from(SAMPLES), st.data())
-@settings(max_examples=1500, deadline=2000)
+@settings(max_examples=600, deadline=60_000)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_containers_give_a_value_or_a_codec_error(sample: bytes, data: Any) -> None:
     damaged = bytearray(sample)

@@ -207,7 +207,7 @@ def sends(rules: tuple[str, ...], host: str, tls: bool, method: str, path: str) 
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_merging_the_same_profile_twice_changes_nothing(topic: str, data: st.DataObject) -> None:
     table = data.draw(shape(topic))
     layer = parse(table)
@@ -217,7 +217,7 @@ def test_merging_the_same_profile_twice_changes_nothing(topic: str, data: st.Dat
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_merging_is_associative(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     b = data.draw(shape(topic))
@@ -229,7 +229,7 @@ def test_merging_is_associative(topic: str, data: st.DataObject) -> None:
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_no_widening_means_no_new_right(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     b = data.draw(shape(topic))
@@ -240,7 +240,7 @@ def test_no_widening_means_no_new_right(topic: str, data: st.DataObject) -> None
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_widening_is_only_reported_where_something_is_wider(topic: str, data: st.DataObject) -> None:
     """Not every widening shows in the probes, but what is left unchanged must never be reported."""
     a = data.draw(shape(topic))
@@ -254,7 +254,7 @@ def test_a_widening_is_only_reported_where_something_is_wider(topic: str, data: 
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     c = data.draw(shape(topic, ceiling=True))
@@ -280,7 +280,7 @@ def test_a_ceiling_never_grants_and_leaves_no_more_than_it_names(topic: str, dat
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_ceiling_takes_no_more_than_it_must(topic: str, data: st.DataObject) -> None:
     """What both the layer and the ceiling permit is still permitted, paths and hosts among it."""
     a = data.draw(shape(topic))
@@ -304,7 +304,7 @@ def test_a_ceiling_takes_no_more_than_it_must(topic: str, data: st.DataObject) -
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_ceiling_is_idempotent(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     c = data.draw(shape(topic, ceiling=True))
@@ -318,7 +318,7 @@ def test_a_ceiling_is_idempotent(topic: str, data: st.DataObject) -> None:
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_ceilings_commute(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     c = data.draw(shape(topic, ceiling=True))
@@ -338,7 +338,7 @@ def test_ceilings_commute(topic: str, data: st.DataObject) -> None:
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_ceiling_commutes_with_narrowing(topic: str, data: st.DataObject) -> None:
     """Narrower before the ceiling is narrower after it."""
     a = data.draw(shape(topic))
@@ -357,7 +357,7 @@ def test_a_ceiling_commutes_with_narrowing(topic: str, data: st.DataObject) -> N
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_adding_a_deny_never_grants(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     deny = data.draw(some(PATTERNS))
@@ -370,7 +370,7 @@ def test_adding_a_deny_never_grants(topic: str, data: st.DataObject) -> None:
 
 @Topic
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_resolving_what_is_resolved_changes_nothing(topic: str, data: st.DataObject) -> None:
     a = data.draw(shape(topic))
     layer = whole(parse(a))

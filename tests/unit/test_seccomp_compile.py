@@ -71,7 +71,7 @@ WORDS = st.one_of(
 
 @pytest.mark.parametrize("arch", sorted(NUMBERS))
 @pytest.mark.parametrize("policy", [POLICY, PINNED], ids=["default", "pinned"])
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(data=st.data())
 def test_program_answers_as_the_policy_does(arch: str, policy: dict[str, Any], data: st.DataObject) -> None:
     guarded = [

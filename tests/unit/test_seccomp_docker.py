@@ -42,7 +42,7 @@ def answer(profile: dict[str, Any], name: str, args: Sequence[int]) -> list[str]
 
 
 @pytest.mark.parametrize("arch", sorted(NUMBERS))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(data=st.data())
 def test_exactly_one_entry_answers_and_it_answers_as_the_policy(arch: str, data: st.DataObject) -> None:
     name = data.draw(st.one_of(st.sampled_from(GUARDED), st.sampled_from(sorted(NUMBERS[arch]))))
@@ -87,7 +87,7 @@ def runtime_program() -> list[bpf.Instruction]:
         return bpf.decode(file.read())
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(name=st.sampled_from(GUARDED), args=st.lists(WORDS, min_size=6, max_size=6))
 def test_runtime_compiles_it_to_the_policys_answers(
     runtime_program: list[bpf.Instruction], name: str, args: list[int]
