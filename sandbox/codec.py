@@ -20,13 +20,13 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from typing import Any, Literal
 
 from sandbox.errors import ToolFailed
 from sandbox.rebuild import Mismatch, rebuild, return_annotation
 from sandbox.reply import LIMITS, CodecError, ToolError, parse
-from sandbox.values import dataclass
 
 __all__ = [
     "CodecError",

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-
-from sandbox.values import dataclass, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class CallContext:
         values: dict[str, str] = {}
         for name, value in given.items():
             field = "parent_record_id" if name == "parent" else name
-            if field not in self.__match_args__:
+            if field not in self.__slots__:
                 raise TypeError(f"a call's context has no {name!r}; it has {', '.join((*NAMES, 'span_id'))}")
             if value is None:
                 continue

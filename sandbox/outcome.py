@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.errors import CallLost, CallTimeout, Denied, LaunchError, LimitExceeded, Revoked, ToolFailed
 from sandbox.units import format_size, format_time
-from sandbox.values import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)

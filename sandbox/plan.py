@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
-
-from sandbox.values import asdict, dataclass, field, replace
 
 Level = Literal["full", "partial", "none"]
 Strength = Literal["hardware", "kernel", "driver", "polled", "advisory", "none"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sandbox import planner_egress, planner_gpu, planner_http, planner_launcher, planner_workspace
@@ -16,7 +17,6 @@ from sandbox.host import Control, HostFacts
 from sandbox.launchers.declared import DECLARED, Choice, has_landlock
 from sandbox.manifest import Manifest
 from sandbox.plan import CallSpec, LaunchPlan, Limit, Step
-from sandbox.values import dataclass, field, replace
 
 HOME = "/home/user"
 HOSTNAME = "sandbox"

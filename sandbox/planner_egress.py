@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 from sandbox import planner_http
@@ -10,7 +11,6 @@ from sandbox.destinations import parse_host
 from sandbox.host import HostFacts
 from sandbox.manifest import Manifest
 from sandbox.plan import Limit, Step
-from sandbox.values import replace
 
 # Benchmark ranges, which are nobody's (RFC 2544, 5180): the jail's own address and the resolver's. The gateway gives
 # its synthetic answers from the rest of them.

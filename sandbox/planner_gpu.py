@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sandbox.host import HostFacts
 from sandbox.manifest import Manifest
 from sandbox.plan import LaunchPlan, Limit
-from sandbox.values import replace
 
 if TYPE_CHECKING:
     from sandbox.gpu.facts import GpuFacts, GpuUnit

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from sandbox.planner import PathFact, Surroundings
 from sandbox.prepare_places import allowed_variables, shown_prefixes, terminal_size
 from sandbox.prepare_secrets import extra_roots
 from sandbox.profiles import Resolved
-from sandbox.values import asdict, dataclass, replace
 
 if TYPE_CHECKING:
     from sandbox.codec import EncodedCall
@@ -209,6 +209,6 @@ def policy(resolved: Resolved) -> dict[str, Any]:
 def call_data(spec: CallSpec) -> dict[str, Any]:
     """The call as plain data for the supervisor."""
     # Not dataclasses.asdict, which copies all that it passes on.
-    data: dict[str, Any] = {name: getattr(spec, name) for name in CallSpec.__match_args__}
+    data = {name: getattr(spec, name) for name in CallSpec.__slots__}
     data["workspace"] = asdict(spec.workspace)
     return data

@@ -6,9 +6,8 @@ one new line.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Literal
-
-from sandbox.values import dataclass
 
 Kind = Literal[
     "size", "rate", "time", "real", "count", "flag", "word", "path", "grants", "patterns", "programs", "words", "table",

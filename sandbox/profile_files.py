@@ -13,6 +13,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,6 @@ from typing import Any, Final
 from sandbox import profile_places
 from sandbox.errors import ProfileError
 from sandbox.profile_lines import KeyLines, json_lines, toml_lines
-from sandbox.values import dataclass
 
 # The profile that is `[tool.sandbox]` itself, beside `[tool.sandbox.profiles.NAME]`.
 PROJECT: Final = "project"

@@ -7,6 +7,7 @@ defaults go underneath last, so that "not written" and "written as the default" 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -18,7 +19,6 @@ from sandbox.http_rules import HttpRules
 from sandbox.manifest import SECTIONS, Contradiction, Manifest, explain
 from sandbox.profile_fields import BY_KEY, BY_MANIFEST_KEY, FIELDS, Field, entry_key, table_of
 from sandbox.units import format_rate, format_size, format_time
-from sandbox.values import dataclass, field, replace
 
 # Order says something only here: the first device is the call's device 0.
 _ORDERED: Final = frozenset({"gpu.devices"})

@@ -7,6 +7,7 @@ as the widest. Private space (`:workspace` without a path of the host) reaches n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from sandbox.destinations import meet_hosts
 from sandbox.errors import ProfileError
@@ -14,7 +15,6 @@ from sandbox.grants import denied_by, meet_paths, path_within
 from sandbox.http_rules import beyond, meet_http
 from sandbox.profile_fields import FIELDS, Field, table_of
 from sandbox.profile_layers import Item, Items, Layer, Origin, find_origin
-from sandbox.values import dataclass, replace
 
 READ, WRITE, DENY = "filesystem.read", "filesystem.write", "filesystem.deny"
 ALLOW, HTTP = "network.allow", "network.http"

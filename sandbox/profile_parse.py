@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,6 @@ from sandbox.profile_layers import Item, Items, Layer, Origin, dedup, explain_fi
 from sandbox.profile_lines import KeyLines
 from sandbox.profile_tables import entry_value, rule_text
 from sandbox.units import UNLIMITED, parse_rate, parse_size, parse_time
-from sandbox.values import dataclass
 
 # Where a program given by its name is looked up: the jail's own PATH, never the caller's.
 JAIL_PATH: Final = "/usr/local/bin:/usr/bin:/bin"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,6 @@ from sandbox.profile_narrow import apply_ceiling, widenings
 from sandbox.profile_parse import Source, flatten_overrides, note_lookup, parse_layer
 from sandbox.profile_places import is_path
 from sandbox.profile_schema import format_value
-from sandbox.values import dataclass, field, replace
 
 __all__ = ["Origin", "ProfileInfo", "Resolved", "available", "load_names", "resolve"]
 

@@ -12,10 +12,10 @@ import enum
 import types
 import typing
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from sandbox.reply import Encoded
-from sandbox.values import dataclass
 
 _SIMPLE = (str, int, float, bool, bytes, type(None))
 # What typing (PEP 484) lets stand for a wider number.

@@ -14,12 +14,12 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sandbox.errors import ToolFailed
-from sandbox.values import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

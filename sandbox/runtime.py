@@ -12,6 +12,7 @@ import os
 import selectors
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,6 @@ from sandbox.link import Link, NotHandedOver, Pending, Slots, Ticket
 from sandbox.outcome import Outcome
 from sandbox.plan import CallSpec, LaunchPlan
 from sandbox.runtime_outcome import program_outcome
-from sandbox.values import dataclass, replace
 
 if TYPE_CHECKING:
     from typing import Self
@@ -384,7 +384,7 @@ _RUN_OPTIONS = frozenset(("input", "env", "cwd", "collect", "context", "why"))
 
 
 def _context_fields(context: CallContext) -> dict[str, Any]:
-    return {name: getattr(context, name) for name in context.__match_args__}
+    return {name: getattr(context, name) for name in context.__slots__}
 
 
 @functools.lru_cache(maxsize=64)

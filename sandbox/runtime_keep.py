@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sandbox import kept, prepare
 from sandbox.errors import Unenforceable
 from sandbox.planner import decide
-from sandbox.values import replace
 
 if TYPE_CHECKING:
     from sandbox.manifest import Manifest

@@ -14,7 +14,7 @@ def program_outcome(message: Mapping[str, Any]) -> Outcome:
     """Build the outcome from what the supervisor sent: bytes and JSON, nothing that could run."""
     sections = message["sections"]
     return Outcome(
-        ending=Ending(**{name: message["ending"][name] for name in Ending.__match_args__}),
+        ending=Ending(**{name: message["ending"][name] for name in Ending.__slots__}),
         record=Record.of_line(sections["record"]),
         stdout=sections.get("stdout", b""),
         stderr=sections.get("stderr", b""),

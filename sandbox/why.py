@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,6 @@ from sandbox.grants import denied_by, path_within
 from sandbox.http_rules import METHOD, NEVER_METHODS, Group, HttpRules
 from sandbox.planner import COPIED_FILES, DEVICE_NODES, ETC_PATHS, PRIVATE_PLACES, SYSTEM_DIRECTORIES
 from sandbox.profiles import Resolved
-from sandbox.values import asdict, dataclass, field
 from sandbox.workspace.protected import is_protected
 
 PORTS = {"http": 80, "https": TLS_PORT}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -21,7 +22,6 @@ from typing import Any, Literal
 from sandbox.audit.canonical import encode
 from sandbox.audit.entry import ENTRY_MAX_BYTES, FIRST_SEQ, EntryKind, genesis, seal, segment_name
 from sandbox.errors import AuditError
-from sandbox.values import dataclass
 
 SEGMENT_MAX_BYTES = 16 * 1024 * 1024
 OWED_MAX = 1000

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.audit.attestation import attestation, whole
@@ -19,7 +20,6 @@ from sandbox.audit.canonical import Settled, bounded
 from sandbox.audit.entry import SCHEMA
 from sandbox.audit.view import Record as Record
 from sandbox.errors import AuditError
-from sandbox.values import dataclass, field
 
 ITEMS_MAX = 500
 NAME_MAX_BYTES = 1024

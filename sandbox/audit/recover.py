@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from sandbox.audit.entry import ENTRY_MAX_BYTES, FIRST_SEQ, entry_hash, genesis,
 from sandbox.audit.record import RecoveryFacts, lost_record, rfc3339, torn_notice
 from sandbox.audit.segments import list_segments, parse, read_lines
 from sandbox.errors import AuditError
-from sandbox.values import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from sandbox.audit.canonical import visible
 from sandbox.audit.entry import ALG, ENTRY_KINDS, ENTRY_MAX_BYTES, FIRST_SEQ, SCHEMA, genesis, segment_name
 from sandbox.audit.segments import list_segments, parse, read_lines
 from sandbox.errors import AuditError, ChainBroken
-from sandbox.values import dataclass, field, replace
 
 CHECKS = ("segments", "parse", "schema", "canonical", "chain", "sequence", "link", "hash", "pairing", "head")
 
@@ -55,7 +55,7 @@ class ChainReport:
     broken: ChainBroken | None = None
 
     def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {name: getattr(self, name) for name in self.__match_args__ if name != "broken"}
+        data = {name: getattr(self, name) for name in self.__slots__ if name != "broken"}
         broken = self.broken and {
             "message": self.broken.message,
             "index": self.broken.index,

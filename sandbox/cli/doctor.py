@@ -39,8 +39,9 @@ def doctor(
         typer.echo(f"sandbox doctor: {err}", err=True)
         raise typer.Exit(FAILED) from None
     if facts.gpu_devices:
+        from dataclasses import replace
+
         from sandbox.gpu import inventory
-        from sandbox.values import replace
 
         facts = replace(facts, gpu=inventory.find())
     table = host.controls(facts)
@@ -53,7 +54,7 @@ def doctor(
 
 
 def _as_json(facts: HostFacts, table: dict[str, Control], short: list[str]) -> dict[str, Any]:
-    from sandbox.values import asdict
+    from dataclasses import asdict
 
     return {
         "full": not short,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from sandbox.cli.progress import Progress
 from sandbox.cli.terminal import carried, interruptible, is_interactive
 from sandbox.context import call_context
 from sandbox.errors import ManifestError, SandboxError
-from sandbox.values import dataclass, field
 
 if TYPE_CHECKING:
     from sandbox.link import Pending

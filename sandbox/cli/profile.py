@@ -61,10 +61,11 @@ NameArgument = Annotated[str, typer.Argument(help="A profile's name, or a file's
 @app.command("list")
 def list_profiles(as_json: JsonOption = False) -> None:
     """Every profile that has a name: shipped, the user's, the project's."""
+    from dataclasses import asdict
+
     from rich.text import Text
 
     from sandbox.profiles import available
-    from sandbox.values import asdict
 
     infos = available()
     if as_json:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sandbox.gpu.facts import GpuUnit
 from sandbox.gpu.limits import PERIOD_S, Asked
 from sandbox.gpu.sampling import Detail, Reading
 from sandbox.monitor.gpu import DutyPoint
-from sandbox.values import dataclass
 
 DUTY_POINTS_MAX: Final = 7200
 # The bases of GPU seconds and of memory, from the best down; a call's is the weakest that was used.

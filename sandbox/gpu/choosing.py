@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from sandbox.gpu.facts import GpuNode, GpuUnit
 from sandbox.gpu.limits import Asked
-from sandbox.values import dataclass
 
 # What the driver itself takes of a device that nobody uses, and of a slice.
 OVERHEAD_BYTES: Final = 512 << 20

@@ -9,13 +9,13 @@ from __future__ import annotations
 import glob
 import os
 import stat
+from dataclasses import asdict
 from typing import Any
 
 from sandbox._linux import libraries
 from sandbox.gpu.facts import GpuFacts, GpuNode, GpuUnit
 from sandbox.gpu.nvml import FIXES, LIBRARY, Nvml, NvmlTrouble
 from sandbox.host.facts import Feature
-from sandbox.values import asdict
 
 # The inode of the first pid namespace's file, the same on every kernel (PROC_PID_INIT_INO).
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC

@@ -13,12 +13,11 @@ about those that were.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from sandbox.gpu.facts import GpuFacts, GpuUnit
 from sandbox.plan import Level, Limit, Strength
-from sandbox.values import dataclass
 
 PERIOD_S: Final = 0.1
 POLLED: Final = f"NVML polled every {PERIOD_S * 1000:.0f} ms, then the call is killed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sandbox.gpu import inventory, owners
@@ -11,7 +12,6 @@ from sandbox.gpu.leases import Leases
 from sandbox.gpu.limits import Asked, judge
 from sandbox.gpu.nvml import NvmlTrouble
 from sandbox.gpu.sampling import Reading, Sampler
-from sandbox.values import asdict
 
 GIB = 1 << 30
 

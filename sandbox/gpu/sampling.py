@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.gpu import owners
 from sandbox.gpu.choosing import Use
 from sandbox.gpu.facts import GpuUnit
 from sandbox.gpu.nvml import Nvml, NvmlTrouble
-from sandbox.values import dataclass, field
 
 _PCIE_TX, _PCIE_RX = 0, 1
 # After these the library has to be opened anew: it does not outlive a driver that was reloaded.

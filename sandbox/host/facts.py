@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-from sandbox.values import asdict, dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ Pure: facts in, table out. `strength` is a separate axis from `level`: how hard 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sandbox.host.delegation import MORE_CONTROLLERS
 from sandbox.host.facts import Feature, HostFacts
 from sandbox.plan import Level, Strength
-from sandbox.values import dataclass
 
 CONTROL_NAMES = (
     "filesystem",

@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from sandbox.launchers.zygote import PACKAGE_ROOT, Zygote
 from sandbox.plan import LaunchPlan, Step
 from sandbox.seccomp import docker
 from sandbox.seccomp import policy as policies
-from sandbox.values import dataclass, replace
 
 LIB = "/run/sandbox/lib"
 _BOOT = f"import sys; sys.path.append({LIB!r}); from sandbox._jail.inner import main; main(sys.argv[1])"

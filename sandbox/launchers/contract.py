@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from sandbox._linux import cgroup
 from sandbox.plan import LaunchPlan
-from sandbox.values import dataclass
 
 
 class Group(Protocol):

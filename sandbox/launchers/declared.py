@@ -8,11 +8,11 @@ Nothing here looks at the host beyond its facts, and nothing of a launcher is lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from sandbox.host import Control, HostFacts, controls
 from sandbox.launchers import docker_declared, oci_declared
-from sandbox.values import dataclass, field
 
 # From the weakest wall to the strongest.
 GRADES: Final = ("namespaces", "userspace-kernel", "microvm")

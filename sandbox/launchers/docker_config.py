@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sandbox.launchers import gate
 from sandbox.plan import LaunchPlan
-from sandbox.values import dataclass
 
 LABEL: Final = "toolcall-sandbox"
 OWNER: Final = f"{LABEL}.owner"

@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,6 @@ from sandbox.launchers.feed import Feed
 from sandbox.launchers.gate import call_script, pipe_inside
 from sandbox.launchers.group import ContainerGroup
 from sandbox.launchers.keeper import Keeper
-from sandbox.values import dataclass
 
 SAMPLE_S: Final = 0.1
 _NO_SHELL: Final = "the image may lack /bin/sh, which waits for the call"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from sandbox.host import Control, HostFacts
 from sandbox.host import controls as host_controls
-from sandbox.values import replace
 
 _NO_LANDLOCK = "Docker starts the tool itself and knows no Landlock; the mount namespace is the one wall"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sandbox.errors import LaunchError, LauncherUnavailable
-from sandbox.values import dataclass
 
 SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock")
 TIMEOUT_S: Final = 60

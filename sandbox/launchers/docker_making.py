@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,6 @@ from sandbox.launchers.docker_engine import Engine, refuse_devices
 from sandbox.launchers.gate import Gate
 from sandbox.launchers.group import ContainerGroup, common_path, remove_everywhere
 from sandbox.plan import LaunchPlan
-from sandbox.values import dataclass
 
 _CDI_HINT: Final = (
     "use Docker 25 or newer with {'features': {'cdi': true}} in its daemon.json, and write the specification: "

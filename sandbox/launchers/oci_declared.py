@@ -7,10 +7,10 @@ same, and the kernel's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from sandbox.host import Control, HostFacts
-from sandbox.values import replace
 
 RUNSC_GAPS: Final = {
     "terminal": "gVisor's terminals are its own; a terminal inside is for runtimes that share this kernel",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sandbox.plan import LaunchPlan
-from sandbox.values import dataclass
 
 SPEC_VERSION = "1.0.2"
 INSIDE_ID = 1000

@@ -11,9 +11,8 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
-
-from sandbox.values import dataclass
 
 # A miner's device works at a flat rate; programs that load data, wait for each other or print vary more.
 SM_DEVIATION_MAX: Final = 2.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sandbox.errors import LauncherUnavailable
 from sandbox.launchers import attended, nsjail, oci
@@ -16,7 +17,6 @@ from sandbox.launchers.zygote import Zygote
 from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
 from sandbox.supervisor import maker
-from sandbox.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sandbox._linux import wire
@@ -15,7 +16,6 @@ from sandbox.errors import SandboxError
 from sandbox.outcome import Ending
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.work import Left, Work
-from sandbox.values import dataclass, field, replace
 
 
 @dataclass

@@ -7,6 +7,7 @@ granted. Leases, accounts and the guard are `gpu_guard`'s, which is imported whe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sandbox._linux import cgroup
@@ -15,7 +16,6 @@ from sandbox.errors import LaunchError
 from sandbox.host import HostFacts
 from sandbox.launchers.group import ContainerGroup
 from sandbox.plan import LaunchPlan
-from sandbox.values import replace
 
 if TYPE_CHECKING:
     from sandbox.launchers.contract import Container, Group

@@ -10,6 +10,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from sandbox.errors import LaunchError
@@ -23,7 +24,6 @@ from sandbox.gpu.nvml import LOST, NvmlTrouble
 from sandbox.gpu.sampling import Reading, Sample
 from sandbox.monitor import gpu as rules
 from sandbox.plan import LaunchPlan, Limit
-from sandbox.values import asdict, replace
 
 if TYPE_CHECKING:
     from sandbox._linux.bpf import Rule

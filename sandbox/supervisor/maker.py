@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,6 @@ from sandbox.plan import LaunchPlan
 from sandbox.seccomp import compile as seccomp_compile
 from sandbox.supervisor import identity
 from sandbox.supervisor.limits import cgroup_limits, io_devices
-from sandbox.values import dataclass
 
 
 @dataclass(frozen=True)

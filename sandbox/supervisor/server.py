@@ -17,6 +17,7 @@ import resource
 import socket
 import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,6 @@ from sandbox.supervisor.gpu import Gpus
 from sandbox.supervisor.launching import Launchers
 from sandbox.supervisor.pool import is_poolable
 from sandbox.supervisor.work import Work
-from sandbox.values import asdict, dataclass, replace
 
 if TYPE_CHECKING:
     from sandbox.launchers.contract import Container

@@ -10,12 +10,12 @@ import os
 import stat
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandbox.errors import LaunchError, SandboxError
 from sandbox.plan import LaunchPlan
-from sandbox.values import dataclass, field
 
 # Most calls have a private workspace in which they leave nothing: what looks through trees is loaded when it is needed.
 if TYPE_CHECKING:

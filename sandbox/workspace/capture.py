@@ -17,12 +17,12 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sandbox._linux import files
 from sandbox.errors import WorkspaceError
-from sandbox.values import dataclass, replace
 from sandbox.workspace.changeset import CONTENT, Before, Change, Changeset, check_record_id
 from sandbox.workspace.collect import CHUNK_BYTES, write_all
 from sandbox.workspace.git_dirs import mark_git_dirs

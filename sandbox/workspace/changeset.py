@@ -11,12 +11,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sandbox._linux import files
 from sandbox.errors import WorkspaceError
-from sandbox.values import dataclass, field
 from sandbox.workspace.journal import read_journal
 from sandbox.workspace.names import from_json, is_relative, printable, to_json
 from sandbox.workspace.walk import remove_path
@@ -77,7 +77,7 @@ class Change:
         if self.target:
             data["target"] = to_json(self.target)
         if self.before is not None:
-            data["before"] = {name: getattr(self.before, name) for name in Before.__match_args__}
+            data["before"] = {name: getattr(self.before, name) for name in Before.__slots__}
         return data
 
     @classmethod

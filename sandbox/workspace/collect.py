@@ -12,11 +12,11 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from sandbox._linux import files as fs
 from sandbox.errors import ManifestError
-from sandbox.values import dataclass, field
 from sandbox.workspace.names import is_relative, parent_of
 from sandbox.workspace.protected import is_protected
 from sandbox.workspace.walk import Unreadable, walk
@@ -33,9 +33,6 @@ class CollectLimits:
     files: int = 1000
     total_bytes: int = 64 << 20
     visits: int = 200_000
-
-
-_INTO_A_DIRECTORY = CollectLimits(total_bytes=1 << 30)
 
 
 @dataclass(slots=True)
@@ -86,7 +83,7 @@ def collect_into(
     patterns: Sequence[str],
     dest_dir_fd: int,
     *,
-    limits: CollectLimits = _INTO_A_DIRECTORY,
+    limits: CollectLimits = CollectLimits(total_bytes=1 << 30),
     allow_protected: Sequence[str] = (),
 ) -> Collected:
     """Copy the matching files below `dest_dir_fd`, under the same relative paths.

@@ -16,11 +16,11 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox._linux import files
 from sandbox.errors import WorkspaceError
-from sandbox.values import dataclass, field
 from sandbox.workspace.apply import Applier, Conflict
 from sandbox.workspace.changeset import Change, Changeset
 from sandbox.workspace.compare import Comparison, current_umask, name_of

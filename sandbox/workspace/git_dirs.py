@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 
 from sandbox._linux import files
-from sandbox.values import dataclass, replace
 from sandbox.workspace.changeset import Change
 from sandbox.workspace.names import ancestors, join, parent_of
 from sandbox.workspace.protected import GIT_BARE, acts_in_git_dir, is_git_dir

@@ -15,11 +15,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal
-
-from sandbox.values import dataclass
 
 EntryType = Literal["file", "dir", "symlink", "special"]
 

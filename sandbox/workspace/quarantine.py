@@ -11,9 +11,9 @@ import errno
 import json
 import os
 import stat
+from dataclasses import dataclass
 
 from sandbox._linux import files
-from sandbox.values import dataclass
 from sandbox.workspace.collect import CHUNK_BYTES, write_all
 from sandbox.workspace.names import to_json
 from sandbox.workspace.walk import open_up, remove

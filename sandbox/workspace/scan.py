@@ -11,10 +11,10 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from sandbox._linux import files
 from sandbox.errors import WorkspaceError
-from sandbox.values import dataclass, field
 from sandbox.workspace.names import join, printable
 from sandbox.workspace.protected import (
     GIT_BARE,

@@ -14,10 +14,10 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox._linux import files
-from sandbox.values import dataclass, field
 from sandbox.workspace.collect import write_all
 from sandbox.workspace.links import leads_outside
 from sandbox.workspace.names import join, to_json

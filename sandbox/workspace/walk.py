@@ -11,9 +11,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
 
 from sandbox._linux import files
-from sandbox.values import dataclass
 from sandbox.workspace.names import join
 
 # Time per directory grows with its depth, and a tool can move a wide tree down for the price of one rename.

@@ -39,7 +39,7 @@ LAYERS = (
         "suffixes",
     ),
     ("_linux",),
-    ("errors", "values"),
+    ("errors",),
 )
 RANK = {part: len(LAYERS) - index for index, layer in enumerate(LAYERS) for part in layer}
 SPLIT = {"profile": "profiles"} | {name: name for name in ("host", "runtime", "planner", "manifest", "prepare")}
