@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from sandbox import planner_gpu, planner_http
+from sandbox.grants import has_glob, path_within
 from sandbox.host import HostFacts
 from sandbox.launchers.declared import (
     DECLARED,
@@ -88,10 +89,19 @@ def gaps(choice: Choice, manifest: Manifest, call: CallSpec) -> dict[str, str]:
         "inspection": lambda: planner_http.inspects(manifest),
         "gpu": lambda: planner_gpu.is_on(manifest),
         "egress": lambda: manifest.network.mode != "none",
+        "deny": lambda: _denies_beyond_grants(manifest, call),
         "write": lambda: call.workspace.mode == "rw" or any(path.startswith("/") for path in manifest.filesystem.write),
     }
     declared = {**DECLARED[choice.launcher].gaps, **DECLARED[choice.launcher].runtime_gaps.get(choice.runtime, {})}
     return {name: f"{choice.launcher}: {why}" for name, why in declared.items() if name in wanted and wanted[name]()}
+
+
+def _denies_beyond_grants(manifest: Manifest, call: CallSpec) -> bool:
+    """Whether a path is denied by name that lies in nothing of the host's that is shown."""
+    files = manifest.filesystem
+    trees = [*files.read, *files.write, *filter(None, (call.workspace.host_path,))]
+    named = [path for path in files.deny if path.startswith("/") and not has_glob(path)]
+    return any(not any(path_within(path, tree) for tree in trees) for path in named)
 
 
 def refuse_engine(choice: Choice, engine: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The keeper: completes containers that somebody else's engine has made, and ends them when the supervisor is gone.
+"""The keeper: completes containers of somebody else's engine, and ends them when the supervisor is gone.
 
 An engine's containers are not our children: nothing ends them when the supervisor is killed. So a process beside it
 holds a descriptor of each container's first process, and kills them all when its socket to the supervisor closes.
@@ -6,6 +6,9 @@ holds a descriptor of each container's first process, and kills them all when it
 To complete one, a child of the keeper enters the namespaces of the container, which waits at its gate, and carries out
 the plan's steps there: private places, granted trees, denials, the sockets of the gateway. What is opened on the host
 is opened before it enters, without following links, and mounted from that very descriptor.
+
+Where a container has a kernel of its own nobody can enter it. For such a one the same steps build the same places on
+the host, below one mount that no other mount namespace hears of, before its engine makes it and mounts them by path.
 Source: setns(2), pid_namespaces(7), pidfd_open(2).
 """
 
@@ -37,18 +40,22 @@ _TIOCGPTN = 0x80045430
 
 
 class Entry(Launch):
-    """One container to be completed. `pid`: its first process, in our own pid namespace."""
+    """One container to be completed. `pid`: its first process, in our own pid namespace; -1 where there is none yet.
+
+    With `built_at` everything is put together in that directory of the host's.
+    """
 
     def __init__(self, message: dict[str, object], fds: list[int]) -> None:
-        super().__init__({"mnt": "/run/sandbox", **message}, fds)
-        self.pid = int(str(message["pid"]))
-        self.mark = str(message["mark"])
+        self.built_at = str(message.get("built_at", ""))
+        super().__init__({"mnt": self.built_at or "/run/sandbox", **message}, fds)
+        self.pid = int(str(message.get("pid", -1)))
+        self.mark = str(message.get("mark", ""))
         # Opened on the host, mounted inside: descriptor, path inside, whether it is a directory.
         self.trees: dict[str, tuple[int, bool]] = {}
 
     @property
     def root(self) -> str:
-        return _ROOT
+        return f"{self.mnt}/root" if self.built_at else _ROOT
 
 
 def main(control_fd: int) -> None:
@@ -57,6 +64,7 @@ def main(control_fd: int) -> None:
     os.umask(0o022)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     kept: dict[str, int] = {}
+    built: dict[str, str] = {}
     wire.send(control, {"ev": "ready", "pid": os.getpid()})
     while True:
         try:
@@ -67,37 +75,49 @@ def main(control_fd: int) -> None:
             break
         name = str(message["name"])
         if message["op"] == "forget":
+            built.pop(name, None)
             if name in kept:
                 os.close(kept.pop(name))
             continue
-        _enter(control, message, fds, kept)
+        if message["op"] == "build":
+            built[name] = str(message["built_at"])
+        _take(control, message, fds, kept)
     for pidfd in kept.values():
         with contextlib.suppress(ProcessLookupError):
             syscalls.pidfd_kill(pidfd, signal.SIGKILL)
+    for directory in built.values():
+        mounts.detach_all(directory)
 
 
-def _enter(control: socket.socket, message: dict[str, object], fds: list[int], kept: dict[str, int]) -> None:
+def _take(control: socket.socket, message: dict[str, object], fds: list[int], kept: dict[str, int]) -> None:
+    """One of the supervisor's requests: `build`, `keep` or `enter`, which is to keep and to complete."""
     entry = Entry(message, fds)
     entry.step = "container"
+    work = {"build": _build, "enter": _complete}.get(str(message["op"]))
     try:
-        pidfd = os.pidfd_open(entry.pid)
-        kept[str(message["name"])] = pidfd
-        # The pid may be another process's by now, or of another pid namespace: the descriptor stays with whom we ask.
-        if not _is_marked(entry):
-            raise OSError(3, f"process {entry.pid} is not the container's: its engine runs on another machine")
-        wire.send(entry.status, {"ev": "born", "pid": entry.pid, "notes": [], "fds": ["pidfd"]}, [pidfd])
+        if message["op"] != "build":
+            _keep(entry, str(message["name"]), kept)
     except OSError as error:
         report_failure(entry, error)
     else:
-        if os.fork() == 0:
+        if work is not None and os.fork() == 0:
             control.close()
             for other in kept.values():
                 os.close(other)
-            _complete(entry)
+            work(entry)
     for fd in entry.fds.values():
         if fd != entry.fds["status"]:
             os.close(fd)
     entry.status.close()
+
+
+def _keep(entry: Entry, name: str, kept: dict[str, int]) -> None:
+    pidfd = os.pidfd_open(entry.pid)
+    kept[name] = pidfd
+    # The pid may be another process's by now, or of another pid namespace: the descriptor stays with whom we ask.
+    if not _is_marked(entry):
+        raise OSError(3, f"process {entry.pid} is not the container's: its engine runs on another machine")
+    wire.send(entry.status, {"ev": "born", "pid": entry.pid, "notes": [], "fds": ["pidfd"]}, [pidfd])
 
 
 def _is_marked(entry: Entry) -> bool:
@@ -109,14 +129,7 @@ def _is_marked(entry: Entry) -> bool:
 def _complete(entry: Entry) -> None:
     """In a child: open what is the host's, enter, and do the rest in a child that is inside. Does not return."""
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        process.die_with_parent()
-        # The host's mounts may be shared, and copies of them as well: what is mounted on such a copy inside would
-        # appear on the host, in everybody's sight (mount_namespaces(7)). Copies made here are nobody's peers.
-        syscalls.unshare(syscalls.CLONE_NEWNS)
-        mounts.make_private()
-        entry.run_steps("view", OUTSIDE)
-        entry.applied.clear()
+        _open_all(entry)
         entry.step = "enter"
         namespaces = [(os.open(f"/proc/{entry.pid}/ns/{name}", os.O_RDONLY), kind) for name, kind in _NAMESPACES]
         for fd, kind in namespaces:
@@ -130,9 +143,46 @@ def _complete(entry: Entry) -> None:
         entry.run_steps("view", INSIDE)
         entry.run_steps("call", INSIDE)
         mounts.unmount_detached(places.INSIDE)
-        sealed: dict[str, object] = {"ev": "sealed", "steps": entry.applied, "notes": entry.notes}
-        wire.send(entry.status, {**sealed, "fds": [*entry.out_fds]}, [*entry.out_fds.values()])
+        _report_sealed(entry)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the container
+        report_failure(entry, error)
+    os._exit(0)
+
+
+def _open_all(entry: Entry) -> None:
+    """In a child: open what is the host's. Afterwards the child is in a mount namespace of its own."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process.die_with_parent()
+    # The host's mounts may be shared, and copies of them as well: what is mounted on such a copy inside would
+    # appear on the host, in everybody's sight (mount_namespaces(7)). Copies made here are nobody's peers.
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    mounts.make_private()
+    entry.run_steps("view", OUTSIDE)
+    entry.applied.clear()
+
+
+def _report_sealed(entry: Entry) -> None:
+    sealed: dict[str, object] = {"ev": "sealed", "steps": entry.applied, "notes": entry.notes}
+    wire.send(entry.status, {**sealed, "fds": [*entry.out_fds]}, [*entry.out_fds.values()])
+
+
+def _build(entry: Entry) -> None:
+    """In a child: put everything together on the host, for an engine that mounts it by path. Does not return."""
+    try:
+        host = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+        _open_all(entry)
+        entry.step = "view"
+        syscalls.setns(host, syscalls.CLONE_NEWNS)
+        os.close(host)
+        # What is mounted below a mount without peers appears in no other mount namespace, and where a copy of one of
+        # the host's trees is covered, that tree is not.
+        mounts.mount(entry.mnt, entry.mnt, "none", mounts.MS_BIND)
+        mounts.make_private(entry.mnt)
+        scratch = next(step["args"] for step in entry.plan["steps"] if step["name"] == "scratch")
+        view.new_root(entry, {"places": [*scratch["directories"]]})
+        entry.run_steps("view", BUILT)
+        _report_sealed(entry)
+    except Exception as error:  # noqa: BLE001 - it is reported, and nothing is made
         report_failure(entry, error)
     os._exit(0)
 
@@ -215,12 +265,11 @@ OUTSIDE = dict.fromkeys((*_ALL, "terminals"), _nothing) | {
     "inner_grants": _open_grants,
     "workspace": _open_workspace,
 }
-INSIDE = dict.fromkeys(_ALL, _nothing) | {
-    "scratch": _scratch,
+_ATTACH = dict.fromkeys(_ALL, _nothing) | {
     "grants": _attach_grants,
     "inner_grants": _attach_grants,
     "workspace": _attach_workspace,
     "deny": cover.deny,
-    "terminals": _open_terminal,
-    "egress": egress.egress,
 }
+INSIDE = _ATTACH | {"scratch": _scratch, "terminals": _open_terminal, "egress": egress.egress}
+BUILT = _ATTACH | {"scratch": view.scratch}

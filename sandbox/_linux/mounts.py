@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 
 from sandbox._linux import syscalls
 
@@ -41,6 +42,8 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
@@ -65,14 +68,24 @@ def mount(source: str, target: str, fstype: str, flags: int = 0, options: str = 
     _check("mount", target, result)
 
 
-def make_private() -> None:
-    """Stop mounts from travelling between this mount namespace and the one it was copied from."""
-    _check("mount", "private /", _libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None))
+def make_private(target: str = "/") -> None:
+    """Stop mounts at and below `target` from travelling between this mount namespace and others."""
+    _check("mount", f"private {target}", _libc.mount(None, os.fsencode(target), None, MS_REC | MS_PRIVATE, None))
 
 
 def unmount_detached(target: str) -> None:
     """Detach a mount now; it goes away when its last user does."""
     _check("umount2", target, _libc.umount2(os.fsencode(target), MNT_DETACH))
+
+
+def detach_all(directory: str) -> None:
+    """Detach every mount at or below `directory`, the last one first. Raises OSError when one of them stays."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        # Blanks and the like are written as octal numbers (proc(5)).
+        points = [_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in file]
+    for point in reversed([os.fsdecode(point) for point in points]):
+        if point == directory or point.startswith(f"{directory}/"):
+            unmount_detached(point)
 
 
 def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1, *, follow: bool = False) -> int:

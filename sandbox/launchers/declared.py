@@ -86,6 +86,8 @@ DECLARED: Final[dict[str, Declaration]] = {
         gaps=docker_declared.GAPS,
         obstacle=docker_declared.obstacle,
         controls=docker_declared.controls,
+        adjusted=oci_declared.adjusted,
+        runtime_gaps={"runsc": docker_declared.RUNSC_GAPS},
     ),
 }
 

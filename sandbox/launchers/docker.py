@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -23,10 +22,12 @@ from sandbox.launchers.contract import Setting
 from sandbox.launchers.docker_container import Crew, DockerContainer
 from sandbox.launchers.docker_daemons import Daemons, is_alive
 from sandbox.launchers.docker_making import Kind, Making, Site
+from sandbox.launchers.docker_own_kernel import OwnKernelMaking, has_own_kernel
+from sandbox.launchers.gate import remove_tree
 from sandbox.launchers.keeper import Keeper
 from sandbox.plan import LaunchPlan
 from sandbox.seccomp import policy as seccomp_policy
-from sandbox.seccomp.docker import to_docker_json
+from sandbox.seccomp.docker import to_docker_json, to_docker_names
 
 THREADS: Final = 8
 
@@ -46,19 +47,21 @@ class DockerLauncher:
         base = _gates(setting.state)
         for left in base.iterdir():
             if not is_alive(left.name):
-                shutil.rmtree(left, ignore_errors=True)
+                remove_tree(left)
         directory = base / setting.owner
         directory.mkdir(mode=0o700, exist_ok=True)
-        self._site = Site(setting, cgroup.detect(), Daemons(setting.owner), directory)
-        self._crew = Crew(Keeper.start(), self._pool.submit)
+        self._site = Site(setting, cgroup.detect(), Daemons(setting.owner), directory, Keeper.start())
+        self._crew = Crew(self._site.keeper, self._pool.submit)
 
     def kind(self, plan: LaunchPlan) -> Kind:
         found = seccomp_policy.resolve(plan.seccomp)
-        return Kind(plan, to_docker_json(found, platform.machine()))
+        written = to_docker_names if has_own_kernel(plan) else to_docker_json
+        return Kind(plan, written(found, platform.machine()))
 
     def make(self, kind: Kind) -> DockerContainer:
         """A container on its way. Raises OSError when its directory cannot be made."""
-        making = Making(self._site, kind, f"container-{next(self._serial)}", next(self._uids))
+        made_by = OwnKernelMaking if has_own_kernel(kind.plan) else Making
+        making = made_by(self._site, kind, f"container-{next(self._serial)}", next(self._uids))
         container = DockerContainer(self._crew, making)
         container.launch()
         return container
@@ -67,7 +70,7 @@ class DockerLauncher:
         """Wait until what was begun is cleaned up, and let the keeper go."""
         self._pool.shutdown(wait=True)
         self._crew.keeper.close()
-        shutil.rmtree(self._site.directory, ignore_errors=True)
+        remove_tree(self._site.directory)
 
 
 def _gates(state: Path) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sandbox.launchers import gate
+from sandbox.launchers.oci_declared import RUNSC_TASKS
 from sandbox.plan import LaunchPlan
 
 LABEL: Final = "toolcall-sandbox"
@@ -24,6 +25,8 @@ MEMORY_MIN_BYTES: Final = 6 << 20
 # Of /sys, a container shows the machine's hardware. What remains says how many processors there are and the
 # container's own cgroup, which runtimes of languages look for.
 SYS_MASKED: Final = ("block", "bus", "class", "dev", "firmware", "fs/bpf", "hypervisor", "kernel", "module", "power")
+# Runtimes with a kernel of their own inside.
+OWN_KERNEL: Final = ("runsc",)
 _ULIMITS: Final = {"CORE": "core", "NOFILE": "nofile", "FSIZE": "fsize", "MEMLOCK": "memlock", "CPU": "cpu"}
 
 
@@ -84,7 +87,7 @@ def _host_config(wanted: Wanted, container: Mapping[str, Any]) -> dict[str, Any]
         "LogConfig": {"Type": "none"},
         "MaskedPaths": [*(f"/proc/{name}" for name in proc["masked"]), *(f"/sys/{name}" for name in SYS_MASKED)],
         "ReadonlyPaths": [f"/proc/{name}" for name in proc["read_only"]],
-        "Mounts": [_bind(source, target) for source, target in mounts(wanted)],
+        "Mounts": [bind(source, target) for source, target in mounts(wanted)],
         "Ulimits": _ulimits(plan),
         **_limits(plan),
         **_io_limits(wanted),
@@ -100,7 +103,8 @@ def _limits(plan: LaunchPlan) -> dict[str, int]:
         # Memory and swap together: no more is to be had by swapping.
         found["Memory"] = found["MemorySwap"] = max(MEMORY_MIN_BYTES, int(memory))
     if (pids := _applied(plan, "pids")) is not None:
-        found["PidsLimit"] = int(pids) + 1  # its init or the shell is counted with the tool's tasks
+        # Its init or the shell is counted with the tool's tasks, and so is a kernel of its own.
+        found["PidsLimit"] = int(pids) + 1 + own_tasks(step(plan, "container")["runtime"])
     if (cpus := _applied(plan, "cpus")) is not None:
         found["NanoCpus"] = round(cpus * 1_000_000_000)
     return found
@@ -130,19 +134,32 @@ def _ulimits(plan: LaunchPlan) -> list[dict[str, Any]]:
     return [{"Name": _ULIMITS[name], "Soft": value, "Hard": value} for name, value in asked.items() if name in _ULIMITS]
 
 
+def own_tasks(runtime: str) -> int:
+    """How many tasks of the runtime's own are counted with the tool's."""
+    return RUNSC_TASKS if runtime in OWN_KERNEL else 0
+
+
+def own_mounts(wanted: Wanted) -> list[tuple[str, str]]:
+    """(host path, path inside), all read-only: the gate, what functions need, files of /etc, and covered volumes."""
+    base = wanted.gate_path
+    found = {gate.AT: base}
+    found |= {inside: source for source, inside in step(wanted.plan, "system_view")["runtime_files"]}
+    found |= {f"/etc/{name}": f"{base}/etc/{name}" for name in ETC}
+    found |= dict.fromkeys(wanted.volumes, f"{base}/{gate.EMPTY}")
+    return [(source, target) for target, source in found.items()]
+
+
 def mounts(wanted: Wanted) -> list[tuple[str, str]]:
-    """(host path, path inside), all read-only: the gate, files of /etc, and places for what is mounted later.
+    """(host path, path inside), all read-only: our own, and places for what is mounted later.
 
     A place is an empty directory or file of ours: the image's root is read-only, so only the engine can make it.
     """
     plan, base = wanted.plan, wanted.gate_path
-    found = {gate.AT: base}
-    found |= {inside: source for source, inside in step(plan, "system_view")["runtime_files"]}
-    found |= {f"/etc/{name}": f"{base}/etc/{name}" for name in ETC}
+    found = {target: source for source, target in own_mounts(wanted)}
     places = [path for path in step(plan, "scratch")["directories"] if path != "/dev/shm"]  # noqa: S108 - inside
     granted = outermost([path for path, _ in granted_places(plan)])
     directories = dict(granted_places(plan))
-    for path in (*wanted.volumes, *places):
+    for path in places:
         found[path] = f"{base}/{gate.EMPTY}"
     for path in granted:
         if any(path.startswith(f"{place}/") for place in step(plan, "scratch")["directories"]):
@@ -175,6 +192,7 @@ def step(plan: LaunchPlan, name: str) -> Mapping[str, Any]:
     return next((step.args for step in plan.steps if step.name == name), {})
 
 
-def _bind(source: str, target: str) -> dict[str, Any]:
+def bind(source: str, target: str, *, read_only: bool = True) -> dict[str, Any]:
+    """One mount, with all that is mounted below it. Nothing mounted there later travels in or out."""
     options = {"Propagation": "rprivate"}
-    return {"Type": "bind", "Source": source, "Target": target, "ReadOnly": True, "BindOptions": options}
+    return {"Type": "bind", "Source": source, "Target": target, "ReadOnly": read_only, "BindOptions": options}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -45,7 +44,7 @@ class DockerContainer:
 
     def __init__(self, crew: Crew, making: Making) -> None:
         self.name = making.name
-        self.fds: dict[str, int] = {}
+        self.fds = making.fds
         self.steps_applied: list[str] = []
         # What its making has to say is told here while it goes on.
         self.notes = making.notes
@@ -107,15 +106,14 @@ class DockerContainer:
             self._fail(getattr(error, "step", "") or "container", error)
 
     def _enter(self) -> None:
-        """Have the keeper complete it. What comes back is told on a socket of its own."""
+        """Have the keeper watch it, and complete what is not yet. What comes back is told on a socket of its own."""
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._status.setblocking(False)
         self._loop.add_reader(self._status, self._on_status)
         made = self._making
-        steps = json.dumps({"steps": made.plan.to_json()["steps"]}).encode()
+        message = {"name": self.name, "pid": made.pid, "mark": made.id, "host_uid": made.uid}
         with theirs:
-            message = {"name": self.name, "pid": made.pid, "mark": made.id, "host_uid": made.uid}
-            self._crew.keeper.enter(message, theirs.fileno(), steps)
+            self._crew.keeper.ask("keep" if made.is_complete else "enter", message, theirs.fileno(), made.plan)
 
     def _on_status(self) -> None:
         assert self._status is not None
@@ -155,6 +153,8 @@ class DockerContainer:
             self._check_io()
         if self.is_killed:
             self.kill()
+        if self._making.is_complete:
+            self._sealed({"steps": self._making.steps, "notes": []})
 
     def _check_io(self) -> None:
         try:

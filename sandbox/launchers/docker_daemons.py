@@ -103,7 +103,7 @@ def _ask_python(
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],
             "ReadonlyRootfs": True,
-            "PidsLimit": 16,
+            "PidsLimit": 16 + config.own_tasks(container["runtime"]),
             "Memory": 256 << 20,
             "LogConfig": {"Type": "none"},
             **({"Runtime": container["runtime"]} if container["runtime"] else {}),

@@ -7,6 +7,7 @@ from typing import Final
 
 from sandbox.host import Control, HostFacts
 from sandbox.host import controls as host_controls
+from sandbox.launchers import oci_declared
 
 _NO_LANDLOCK = "Docker starts the tool itself and knows no Landlock; the mount namespace is the one wall"
 
@@ -43,17 +44,22 @@ def controls(facts: HostFacts) -> dict[str, Control]:
     return {**_ROWS, "io": held}
 
 
-# gVisor and Kata read the files through a process of their own, from mounts as they were when the container was made.
-_OWN_KERNEL: Final = (
-    "a kernel of its own does not see what is mounted into its container from outside: private places of a size, "
-    "granted files checked by inode, denials and the gateway's sockets"
+RUNSC_GAPS: Final = {
+    **oci_declared.RUNSC_GAPS,
+    "terminal": "gVisor's terminals are its own, and only the daemon could hold the other side of one",
+    "write": "gVisor's file process would make files as root's; use 'cow' or a private place",
+    "deny": "nobody can cover the image's own files under gVisor's kernel; deny what lies below a granted path",
+}
+# A pipe belongs to the kernel that opened it, wherever its name is (fifo(7)).
+_KATA: Final = (
+    "a virtual machine joins no named pipe, private place of a size or gateway socket of this host's with the tool"
 )
 
 
 def obstacle(runtime: str, facts: HostFacts) -> tuple[str, str]:
     """Why it will not do on this host, as far as can be told without a daemon, and what would help."""
-    if runtime in ("runsc", "kata"):
-        return _OWN_KERNEL, "use the launcher oci with runsc: isolation.launcher = 'oci', isolation.runtime = 'runsc'"
+    if runtime == "kata":
+        return _KATA, "isolation.runtime = 'runsc' is the strongest wall there is under docker"
     if facts.is_root_like:
         return "", ""
     reason = "private places and the gateway's sockets are put into a container from outside, which takes root"

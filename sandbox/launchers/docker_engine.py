@@ -191,6 +191,21 @@ def refuse_devices(info: Mapping[str, Any], names: Sequence[str]) -> str:
     return f"the daemon knows no device {', '.join(lacking)}" if lacking else ""
 
 
+# What gVisor is to be told: a network stack that has nothing but its loopback, whatever the engine gives it; to apply
+# our filter; and to open the named pipes that it is shown, which are the call's streams.
+RUNSC_ARGUMENTS: Final = ("network=none", "oci-seccomp", "host-fifo=open")
+
+
+def refuse_runtime(info: Mapping[str, Any], name: str) -> str:
+    """Why a daemon's runtime with a kernel of its own inside will not do; empty when it will. Pure."""
+    found = (info.get("Runtimes") or {}).get(name)
+    if found is None:
+        return f"it knows no runtime {name!r}"
+    told = {str(argument).lstrip("-").removesuffix("=true") for argument in found.get("runtimeArgs") or ()}
+    lacking = [f"--{argument}" for argument in RUNSC_ARGUMENTS if argument not in told]
+    return f"its runtime {name!r} is started without {' '.join(lacking)}" if lacking else ""
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed in a moment."""
     status = getattr(error, "status_code", None)

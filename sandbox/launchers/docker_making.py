@@ -20,6 +20,7 @@ from sandbox.launchers.docker_daemons import Daemons
 from sandbox.launchers.docker_engine import Engine, refuse_devices
 from sandbox.launchers.gate import Gate
 from sandbox.launchers.group import ContainerGroup, common_path, remove_everywhere
+from sandbox.launchers.keeper import Keeper
 from sandbox.plan import LaunchPlan
 
 _CDI_HINT: Final = (
@@ -44,10 +45,17 @@ class Site:
     layout: cgroup.Layout
     daemons: Daemons
     directory: Path
+    keeper: Keeper
 
 
 class Making:
-    """One container on its way. `uid`: its own on this host. `is_given_up`: it is not to be started any more."""
+    """One container on its way. `uid`: its own on this host. `is_given_up`: it is not to be started any more.
+
+    `is_complete`: once made, nothing has to be put into it from outside; then `steps` were carried out before, and
+    `fds` came out of them.
+    """
+
+    is_complete = False
 
     def __init__(self, site: Site, kind: Kind, name: str, uid: int) -> None:
         self.plan = kind.plan
@@ -63,6 +71,8 @@ class Making:
         self.details: dict[str, Any] = {}
         self.notes: list[str] = []
         self.pipes: dict[str, int] = {}
+        self.fds: dict[str, int] = {}
+        self.steps: list[str] = []
         self.is_given_up = False
         self._site = site
         self._seccomp = kind.seccomp
@@ -92,6 +102,7 @@ class Making:
         self.details["container_id"] = self.id
         if not self.is_given_up:
             self.pid = engine.start(self.id)
+            self.started()
 
     def check(self, engine: Engine) -> None:
         """Whether this daemon gives what the plan wants of it. Raises LaunchError."""
@@ -99,6 +110,9 @@ class Making:
 
     def prepare(self) -> None:
         """What has to be there before the engine makes the container: for most, only what the gate holds."""
+
+    def started(self) -> None:
+        """The engine has made it and runs it."""
 
     def body(self, wanted: config.Wanted) -> dict[str, Any]:
         return config.create_body(wanted)
@@ -166,9 +180,10 @@ class Making:
 
         Precondition: `make` has come back, or was never called.
         """
-        for fd in self.pipes.values():  # opened after the container was closed
-            os.close(fd)
-        self.pipes.clear()
+        for left in (self.pipes, self.fds):  # opened after the container was closed
+            for fd in left.values():
+                os.close(fd)
+            left.clear()
         if self.engine is not None and self.id:
             with contextlib.suppress(LaunchError):
                 self.engine.remove(self.id)

@@ -14,9 +14,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sandbox._linux import mounts
+
 AT = "/run/sandbox"
 # The pipes have a directory of their own: a kernel of its own inside writes to pipes in writable mounts only.
 PIPES_IN = "pipes"
+BUILT_IN = "built"
 _WAITING = f"read -r _ < {AT}/{PIPES_IN}/go || exit 125\n. {AT}/call\n"
 PIPES = ("go", "status", "stdin", "stdout", "stderr", "request", "result")
 NOTHING = "nothing"
@@ -24,6 +27,7 @@ EMPTY = "empty"
 # Python's own, and what covers denied paths (`sandbox._jail.cover`).
 _DIRECTORIES = {
     PIPES_IN: 0o755,
+    BUILT_IN: 0o755,
     EMPTY: 0o755,
     "scratch": 0o755,
     "lower": 0o755,
@@ -96,7 +100,26 @@ class Gate:
         return os.open(self._pipe(name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Raises OSError when something that is mounted in it stays."""
+        remove_tree(self.path)
+
+    @property
+    def built_at(self) -> str:
+        """Where the places of a container that nobody can enter are put together."""
+        return str(self.path / BUILT_IN)
+
+    @property
+    def pipes(self) -> str:
+        return str(self.path / PIPES_IN)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory of ours. Raises OSError, with everything in place, when something mounted in it stays.
+
+    What is mounted there may be the caller's own files.
+    """
+    mounts.detach_all(str(directory))
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def pipe_inside(name: str) -> str:

@@ -28,9 +28,14 @@ class ContainerGroup:
         return f"<ContainerGroup {self.name} below={self.below} v2={self.v2 or '-'} v1={len(self.v1)}>"
 
     def find(self, pid: int, layout: cgroup.Layout) -> None:
-        """Where the process `pid` is. Raises OSError when it has ended."""
+        """Where the process `pid` is. Raises OSError when it has ended.
+
+        A tree in which the engine has made it no group, so that it is at the root with everyone else, tells nothing.
+        """
         for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines():
             _, names, path = line.split(":", 2)
+            if path == "/":
+                continue
             if not names and layout.v2 is not None:
                 self.v2 = layout.v2.mount_point + path
             for controller in filter(None, names.split(",")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from sandbox._linux import wire
 from sandbox.errors import LauncherUnavailable
+from sandbox.plan import LaunchPlan
 
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from sandbox._jail.keeper import main; main(int(sys.argv[1]))"
 _READY_TIMEOUT_S = 30.0
@@ -44,14 +46,19 @@ class Keeper:
             raise LauncherUnavailable(f"the keeper ended with status {process.wait()}", step="keeper")
         return cls(process, ours)
 
-    def enter(self, message: Mapping[str, object], status_fd: int, steps: bytes) -> None:
-        """Have the container of process `pid` completed by these steps. Raises OSError when the keeper is gone."""
-        plan, empty = wire.memfd("plan", steps), wire.memfd("seccomp", b"")
+    def ask(self, op: str, message: Mapping[str, object], status_fd: int, plan: LaunchPlan) -> None:
+        """Have one container looked after. What comes of it is told at `status_fd`.
+
+        `op`: `enter` to complete the container of process `pid` and watch it, `build` to put its places together at
+        `built_at` before it is made, `keep` to watch only. Raises OSError when the keeper is gone.
+        """
+        steps = json.dumps({"steps": plan.to_json()["steps"]}).encode()
+        plan_fd, empty = wire.memfd("plan", steps), wire.memfd("seccomp", b"")
         try:
             names = ["plan", "seccomp", "status"]
-            wire.send(self._control, {**message, "op": "enter", "fds": names}, [plan, empty, status_fd])
+            wire.send(self._control, {**message, "op": op, "fds": names}, [plan_fd, empty, status_fd])
         finally:
-            os.close(plan)
+            os.close(plan_fd)
             os.close(empty)
 
     def forget(self, name: str) -> None:

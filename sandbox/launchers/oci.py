@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 from sandbox.host import programs
 from sandbox.launchers.attended import Flavour, Kind, with_room
 from sandbox.launchers.oci_declared import RUNSC_TASKS
 from sandbox.launchers.oci_spec import Place, runtime_spec, userspace_spec
+from sandbox.seccomp import docker
 from sandbox.seccomp import policy as policies
 
 
@@ -16,9 +18,8 @@ def _config(kind: Kind, place: Place) -> bytes:
 
 
 def _userspace_config(kind: Kind, place: Place) -> bytes:
-    policy = policies.resolve(kind.plan.seccomp)
-    refused = [name for name, then in policy["calls"].items() if then == "EPERM"]
-    return json.dumps(userspace_spec(kind.plan, place, kind.seccomp, refused), separators=(",", ":")).encode()
+    refused = docker.to_docker_names(policies.resolve(kind.plan.seccomp), os.uname().machine)
+    return json.dumps(userspace_spec(kind.plan, place, refused), separators=(",", ":")).encode()
 
 
 FLAVOURS = {

@@ -7,7 +7,6 @@ Source: OCI runtime-spec 1.0.2, config.md and config-linux.md.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,12 +63,10 @@ def runtime_spec(plan: LaunchPlan, place: Place, seccomp: Mapping[str, Any]) -> 
     }
 
 
-def userspace_spec(
-    plan: LaunchPlan, place: Place, seccomp: Mapping[str, Any], refused: Sequence[str]
-) -> dict[str, Any]:
+def userspace_spec(plan: LaunchPlan, place: Place, seccomp: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` for a runtime with a kernel of its own, without the call, which comes later.
 
-    `refused`: system calls that are answered with EPERM.
+    `seccomp`: what is refused, by name.
 
     It makes its own /dev and /proc, and serves the view's files through a process outside. What is writable is named
     one by one, since all that belongs to the root is served read-only; and every private place is named, since it
@@ -89,21 +86,9 @@ def userspace_spec(
     ]
     spec["root"]["readonly"] = False  # it is already
     linux = spec["linux"]
-    linux["seccomp"] = _by_name(refused, seccomp["architectures"])
     linux["namespaces"] = [item for item in linux["namespaces"] if item["type"] != "network"]
     del linux["maskedPaths"], linux["readonlyPaths"], linux["resources"], linux["cgroupsPath"]
     return spec
-
-
-def _by_name(refused: Sequence[str], architectures: Sequence[str]) -> dict[str, Any]:
-    """What the policy refuses, as a list of names, inside a kernel that answers all others by itself.
-
-    Our whole filter has more instructions than gVisor takes (4096), and its conditions tell apart what reaches this
-    kernel's own, which no call of the tool's does. gVisor of 2022 answers EPERM whatever error a profile names, so a
-    list of what is allowed would break the programs that look for ENOSYS before they fall back.
-    """
-    rule = {"names": sorted(refused), "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
-    return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": list(architectures), "syscalls": [rule]}
 
 
 def _written(plan: LaunchPlan) -> set[str]:

@@ -11,9 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,50 +23,10 @@ from sandbox.launchers.group import ContainerGroup
 from sandbox.runtime_outcome import program_outcome
 from tests.helpers import engine as engines
 from tests.helpers import nvml
+from tests.helpers.docker_calls import WAIT_S, children, containers, mounts_below, start_caller, wait_for
 from tests.helpers.gpu_world import SCENARIO
-from tests.helpers.waiting import awaited
 
-GATES = Path("/run/toolcall-sandbox")
-WAIT_S = 60.0
 SLEEPER = ["sh", "-c", "trap 'exit 143' TERM; echo on; sleep 60 & wait"]
-
-
-@pytest.fixture
-def docker(engine: engines.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Sandbox]]:
-    """Makes sandboxes under the docker launcher; afterwards nothing of theirs is left in the daemon or on the host."""
-    monkeypatch.setenv("DOCKER_HOST", engine.host)
-    made: list[Sandbox] = []
-
-    def make(image: str = engines.PYTHON, best_effort: Sequence[str] = (), **sections: Any) -> Sandbox:
-        isolation = {"launcher": "docker", "image": image, "best_effort": list(best_effort)}
-        manifest = {"filesystem": {"write": [":workspace"]}, **sections, "isolation": isolation}
-        made.append(Sandbox(manifest, state=tmp_path))
-        return made[-1]
-
-    yield make
-    for box in made:
-        box.close()
-    wait_for(lambda: [one["Name"] for one in containers(engine)] == [])
-    assert not GATES.exists() or not any(str(path.name).startswith(str(os.getpid())) for path in GATES.iterdir())
-
-
-def containers(engine: engines.Engine) -> list[dict[str, Any]]:
-    import docker
-
-    client = docker.APIClient(base_url=engine.host, version="auto")
-    try:
-        found: list[dict[str, Any]] = client.containers(all=True)
-        return [client.inspect_container(one["Id"]) for one in found]
-    except docker.errors.NotFound:
-        return containers(engine)
-    finally:
-        client.close()
-
-
-def wait_for(what: Callable[[], Any]) -> Any:
-    found = awaited(what, WAIT_S)
-    assert found, "waited too long"
-    return found
 
 
 def test_the_engine_is_told_to_take_everything_away(docker: Callable[..., Sandbox], engine: engines.Engine) -> None:
@@ -186,19 +145,15 @@ def test_what_is_mounted_inside_does_not_reach_the_host(docker: Callable[..., Sa
     subprocess.run(["mount", "--bind", path, path], check=True)
     try:
         subprocess.run(["mount", "--make-shared", path], check=True)
-        before = _mounts_below(path)
+        before = mounts_below(path)
         box = docker(filesystem={"read": [path], "deny": ["**/.env"]})
         done = box.run(["sh", "-c", f"cat {path}/plain; cat {path}/.env"])
         assert (done.text, done.exit_code) == ("plain", 1)
         assert b"Permission denied" in done.stderr
-        assert _mounts_below(path) == before
+        assert mounts_below(path) == before
         assert (short_path / ".env").read_text() == "secret"
     finally:
         subprocess.run(["umount", "-l", path], check=True)
-
-
-def _mounts_below(path: str) -> list[str]:
-    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if path in line]
 
 
 def test_containers_made_beforehand_serve_one_call_each(docker: Callable[..., Sandbox]) -> None:
@@ -229,27 +184,8 @@ def test_calls_at_once_do_not_meet(docker: Callable[..., Sandbox]) -> None:
     assert sorted(found) == [f"{number}\n1\n" for number in range(4)]
 
 
-CALLER = """
-import sys
-from sandbox import Sandbox
-manifest = {"isolation": {"launcher": "docker", "image": sys.argv[1]}}
-with Sandbox(manifest, state=sys.argv[2]) as box, box.stream(["sh", "-c", "echo on; sleep 300"]) as stream:
-    print(next(iter(stream)), flush=True)
-    stream.outcome
-"""
-
-
-def _caller(engine: engines.Engine, state: Path) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", CALLER, engines.PYTHON, str(state)]
-    env = {**os.environ, "DOCKER_HOST": engine.host}
-    caller = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert caller.stdout is not None
-    assert "on" in caller.stdout.readline()
-    return caller
-
-
 def test_when_the_caller_is_killed_its_container_goes(engine: engines.Engine, tmp_path: Path) -> None:
-    with _caller(engine, tmp_path) as caller:
+    with start_caller(engine, tmp_path) as caller:
         caller.kill()
     wait_for(lambda: containers(engine) == [])
 
@@ -257,8 +193,8 @@ def test_when_the_caller_is_killed_its_container_goes(engine: engines.Engine, tm
 def test_when_the_supervisor_is_killed_its_container_dies_and_the_next_start_removes_it(
     engine: engines.Engine, tmp_path: Path, docker: Callable[..., Sandbox]
 ) -> None:
-    with _caller(engine, tmp_path) as caller:
-        supervisor = _children(caller.pid)
+    with start_caller(engine, tmp_path) as caller:
+        supervisor = children(caller.pid)
         assert supervisor
         for pid in supervisor:
             os.kill(pid, signal.SIGKILL)
@@ -268,19 +204,6 @@ def test_when_the_supervisor_is_killed_its_container_dies_and_the_next_start_rem
     assert left, "a killed supervisor removes nothing"
     assert docker().run(["true"]).ok
     assert not left & {one["Id"] for one in containers(engine)}
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except (OSError, IndexError):
-                continue
-            if int(stat[1]) == pid:
-                found.append(int(entry.name))
-    return found
 
 
 def test_a_daemon_that_stops_under_a_call_loses_it_and_is_missed_by_the_next(

@@ -9,7 +9,7 @@ import pytest
 from sandbox.errors import LaunchError, LauncherUnavailable
 from sandbox.launchers import docker_engine
 from sandbox.launchers.docker_config import Wanted, create_body
-from sandbox.launchers.docker_engine import Engine, is_transient, refuse, refuse_devices, translate
+from sandbox.launchers.docker_engine import Engine, is_transient, refuse, refuse_devices, refuse_runtime, translate
 from sandbox.manifest import Manifest
 from sandbox.planner import Surroundings, decide
 from tests.unit.test_planner_launcher import CALL, FULL
@@ -45,6 +45,20 @@ class Answer(Exception):
 def test_a_daemon_that_cannot_hold_the_plan_is_refused_by_name(change: dict[str, Any], says: str) -> None:
     assert refuse(GOOD, "6.1") == ""
     assert says in refuse({**GOOD, **change}, "6.1")
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "says"),
+    [
+        ({"runc": {"path": "runc"}}, "knows no runtime 'runsc'"),
+        ({"runsc": {"path": "/usr/bin/runsc"}}, "without --network=none --oci-seccomp --host-fifo=open"),
+        ({"runsc": {"runtimeArgs": ["--network=none", "-oci-seccomp", "--debug"]}}, "without --host-fifo=open"),
+        ({"runsc": {"runtimeArgs": ["-network=none", "--oci-seccomp=true", "--host-fifo=open"]}}, ""),
+    ],
+)
+def test_gvisor_is_refused_where_the_daemon_does_not_tell_it_enough(runtimes: dict[str, Any], says: str) -> None:
+    found = refuse_runtime({**GOOD, "Runtimes": runtimes}, "runsc")
+    assert (says in found) if says else found == ""
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,28 @@ def test_a_stronger_wall_is_refused_naming_what_is_missing_and_taken_when_it_is_
     assert (plan.launcher, plan.isolation["runtime"], plan.isolation["grade"]) == ("oci", "runsc", "userspace-kernel")
 
 
-@pytest.mark.parametrize("runtime", ["runsc", "kata"])
-def test_docker_with_a_kernel_of_its_own_inside_is_refused_naming_what_that_would_not_see(runtime: str) -> None:
-    error = refused({**IMAGE, "runtime": runtime}, runtimes=("runsc", "kata-runtime"))
-    assert "does not see what is mounted into its container" in error.controls["launcher"]
+def test_docker_with_a_virtual_machine_inside_is_refused_naming_what_that_would_not_join() -> None:
+    error = refused({**IMAGE, "runtime": "kata"}, runtimes=("runsc", "kata-runtime"))
+    assert "joins no named pipe" in error.controls["launcher"]
     assert "isolation.runtime = 'runsc'" in error.hint
-    assert "not installed" in refused({**IMAGE, "runtime": runtime}).controls["launcher"]
-    assert planned({**IMAGE, "runtime": "runc"}, runtimes=("runc",)).isolation["runtime"] == "runc"
+    assert "not installed" in refused({**IMAGE, "runtime": "kata"}).controls["launcher"]
+
+
+def test_docker_takes_gvisor_as_a_stronger_wall_and_an_image_with_it() -> None:
+    plan = planned({"image": "debian:12", "minimum": "userspace-kernel", "best_effort": ["pids"]}, runtimes=("runsc",))
+    assert (plan.launcher, plan.isolation["runtime"]) == ("docker", "runsc")
+    assert (plan.isolation["grade"], plan.isolation["landlock_abi"]) == ("userspace-kernel", 0)
+    assert "not installed" in refused({**IMAGE, "runtime": "runsc"}).controls["launcher"]
+    assert list(refused({**IMAGE, "runtime": "runsc"}, runtimes=("runsc",)).controls) == ["pids"]
+
+
+def test_under_docker_and_gvisor_only_what_is_granted_can_be_denied() -> None:
+    isolation = {**IMAGE, "runtime": "runsc", "best_effort": ["pids"]}
+    denied = {"filesystem": {"read": ["/srv"], "deny": ["/srv/secret", "**/.env"]}}
+    assert planned(isolation, runtimes=("runsc",), **denied).launcher == "docker"
+    denied["filesystem"]["deny"].append("/etc/passwd")
+    assert "below a granted path" in refused(isolation, runtimes=("runsc",), **denied).controls["deny"]
+    assert planned(IMAGE, **denied).launcher == "docker"
 
 
 def test_a_microvm_is_not_had_from_a_userspace_kernel() -> None:
@@ -214,6 +229,7 @@ def test_landlock_stands_behind_an_oci_container_too() -> None:
 
 
 GVISOR = {"launcher": "oci", "runtime": "runsc"}
+GVISOR_IN_DOCKER = {**IMAGE, "runtime": "runsc"}
 
 
 @pytest.mark.parametrize(
@@ -226,9 +242,11 @@ GVISOR = {"launcher": "oci", "runtime": "runsc"}
     ],
 )
 def test_what_gvisor_cannot_do_is_refused_and_only_with_gvisor(call: CallSpec, more: dict[str, Any], gap: str) -> None:
-    isolation = {**GVISOR, "best_effort": ["pids"]}
-    assert list(refused(isolation, call, ("runsc",), **more).controls) == [gap]
+    for gvisor in (GVISOR, GVISOR_IN_DOCKER):
+        isolation = {**gvisor, "best_effort": ["pids"]}
+        assert list(refused(isolation, call, ("runsc",), **more).controls) == [gap]
     assert planned({"launcher": "oci"}, call, ("crun",), **more).launcher == "oci"
+    assert planned(IMAGE, call, **more).launcher == "docker"
 
 
 def test_tasks_in_gvisor_are_counted_in_part_and_landlock_is_not_there() -> None:
