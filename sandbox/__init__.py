@@ -6,8 +6,6 @@ processes import `sandbox._jail` and `sandbox._linux` through here without pulli
 
 from __future__ import annotations
 
-from importlib import import_module
-
 # Not from typing: the jail's processes come through here, and every page that they load is copied at each fork.
 TYPE_CHECKING = False
 
@@ -110,6 +108,9 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'sandbox' has no attribute {name!r}")
+    # Not above: the jail's processes come through here, and it brings others along.
+    from importlib import import_module
+
     value = getattr(import_module(f"sandbox.{home}"), name)
     globals()[name] = value
     return value

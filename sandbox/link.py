@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sandbox.host import HostFacts
+    from sandbox.link_fork import Forked
 
 # The package comes from where the caller has it, not from another copy on the interpreter's own path. The caller's
 # search path comes after the isolated interpreter's: what we need may be where only it points.
@@ -182,7 +183,7 @@ class Link:
         self.users = 0
         self.slots = Slots(slot_count())
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._control: socket.socket | None = None
         self._facts_json = b""
         self._facts: tuple[bytes, HostFacts] | None = None
@@ -195,28 +196,41 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link supervisor={self.supervisor_pid} state={self.state}>"
 
-    def start(self) -> None:
-        """Start the supervisor without waiting for it. Safe to call again, and after it died."""
+    def start(self, *, forked: bool = False) -> None:
+        """Start the supervisor without waiting for it. Safe to call again, and after it died.
+
+        `forked`: this process is the command line and has begun nothing else (`link_fork`).
+        """
         with self._lock:
             if self._is_up():
                 return
             self._forget()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                argv = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), self.state]
-                argv += [PACKAGE_ROOT, *(path for path in sys.path if os.path.isabs(path))]
                 prefix = [] if self._scope_failed else _delegation_prefix()
                 self._in_scope = bool(prefix)
-                self._process = subprocess.Popen(
-                    [*prefix, *argv],
-                    env=_environment(for_systemd=bool(prefix)),
-                    cwd="/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+                self._process = self._forked(theirs) if forked and not prefix else self._executed(theirs, prefix)
             self._control = ours
+
+    def _executed(self, control: socket.socket, prefix: list[str]) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-I", "-c", _BOOT, str(control.fileno()), self.state]
+        argv += [PACKAGE_ROOT, *(path for path in sys.path if os.path.isabs(path))]
+        return subprocess.Popen(
+            [*prefix, *argv],
+            env=_environment(for_systemd=bool(prefix)),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[control.fileno()],
+            start_new_session=True,
+        )
+
+    def _forked(self, control: socket.socket) -> subprocess.Popen[bytes] | Forked:
+        from sandbox import link_fork
+
+        if not link_fork.is_possible():
+            return self._executed(control, [])
+        return link_fork.start(control, self.state, _environment(for_systemd=False))
 
     def _is_up(self) -> bool:
         """Whether there is a supervisor to tell of a call. A killed one closes its end before it can be waited for."""
@@ -328,7 +342,7 @@ class Link:
             self._end(process)
 
     @staticmethod
-    def _end(process: subprocess.Popen[bytes]) -> None:
+    def _end(process: subprocess.Popen[bytes] | Forked) -> None:
         """Wait for a supervisor whose channel is closed."""
         try:
             process.wait(STOP_TIMEOUT_S)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.errors import CallLost, CallTimeout, Denied, LaunchError, LimitExceeded, Revoked, ToolFailed
-from sandbox.units import format_size, format_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +189,9 @@ def _applied(record: Any, limit: str) -> str:
     amount = control.requested if control is not None else None
     if not isinstance(amount, int | float):
         return ""
+    # Only what ends by a limit needs it: it loads decimal numbers.
+    from sandbox.units import format_size, format_time
+
     text = format_time(amount) if limit.endswith("_time") else format_size(int(amount))
     return f"the limit is resources.{limit} = {text}"
 

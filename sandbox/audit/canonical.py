@@ -20,8 +20,6 @@ from hashlib import sha256
 from pathlib import PurePath
 from typing import Any
 
-import rfc8785
-
 from sandbox.errors import AuditError
 
 TEXT_MAX_BYTES = 64 * 1024
@@ -141,7 +139,7 @@ class _Cleaner:
             return int(value)
         if self._nonce and "e" in repr(value):
             # Python takes to exponents at other magnitudes than ECMAScript does, and writes them differently.
-            return self.stand_in(rfc8785.dumps(value).decode())
+            return self.stand_in(_by_the_book(value))
         return value
 
     def stand_in(self, text: str) -> str:
@@ -234,12 +232,19 @@ def _walked_text(value: Any, depth: int) -> str:
     cleaner = _Cleaner(stand_ins=True)
     data = cleaner.walk(value, depth)
     if not cleaner.ascii_keys:
-        return rfc8785.dumps(_Cleaner().walk(value, depth)).decode()
+        return _by_the_book(_Cleaner().walk(value, depth))
     # Same bytes as rfc8785 gives (a property test compares them), six times faster.
     text = _encoder.encode(data)
     for name, instead in cleaner.texts.items():
         text = text.replace(f'"{name}"', instead, 1)
     return text
+
+
+def _by_the_book(data: Any) -> str:
+    # Loaded for what is rare: it takes longer than the rest of this module.
+    import rfc8785
+
+    return rfc8785.dumps(data).decode()
 
 
 def digest(data: bytes) -> str:

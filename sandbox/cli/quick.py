@@ -108,7 +108,7 @@ def prepare(argv: list[str]) -> Ready | None:
     if not state:
         return None
     supervisor = link.shared(state)
-    supervisor.start()
+    supervisor.start(forked=True)
     tty = is_interactive() if own["terminal"] is None else own["terminal"]
     question = kept.ask(_PROFILE if own["profile"] is None else own["profile"], settings, state, tty=tty)
     plan = kept.find(question) if question is not None else None

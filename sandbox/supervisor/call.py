@@ -23,10 +23,10 @@ from sandbox.launchers.jail import Jail
 from sandbox.outcome import Seen
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
-from sandbox.supervisor.egress import CallEgress
 from sandbox.supervisor.pump import Budget, InputPump, OutputPump
 
 if TYPE_CHECKING:
+    from sandbox.supervisor.egress import CallEgress
     from sandbox.supervisor.gpu_call import CallGpu
 
 POLL_S = 0.05

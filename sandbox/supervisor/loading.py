@@ -1,4 +1,4 @@
-"""asyncio without what it names and a supervisor does not use: that takes longer to load than asyncio's own modules."""
+"""asyncio, dataclasses and pathlib without what they name and a supervisor does not use, which takes longer to load."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-# Used when something has gone wrong, or for TLS in asyncio's own streams. By module: the functions that are looked
-# up in it when asyncio is loaded.
+# Used when something has gone wrong, for TLS in asyncio's own streams, or to make an URI of a path. By module: the
+# functions that are looked up in it when they are loaded.
 _LATER: dict[str, tuple[str, ...]] = {
     "inspect": (),
     "linecache": (),
     "traceback": ("extract_stack",),
     "asyncio.sslproto": (),
     "asyncio.staggered": (),
+    "urllib.parse": ("quote_from_bytes",),
 }
 
 
@@ -54,11 +55,11 @@ def _stood_for(modules: dict[str, tuple[str, ...]]) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def load_asyncio() -> None:
-    """Load asyncio. Precondition: one thread.
+def load() -> None:
+    """Load asyncio, dataclasses and pathlib. Precondition: one thread.
 
     ssl it does without where Python has none, and here it may: TLS is the egress gateway's, a process of its own. All
-    the others are loaded when asyncio looks into them. Whoever else imports any of them in this process, as docker's
+    the others are loaded when somebody looks into them. Whoever else imports any of them in this process, as docker's
     SDK does, gets it.
     """
     if "asyncio" in sys.modules:
@@ -69,6 +70,8 @@ def load_asyncio() -> None:
     try:
         with _stood_for(_LATER):
             import asyncio  # noqa: F401
+            import dataclasses  # noqa: F401
+            import pathlib  # noqa: F401
     finally:
         if without_ssl:
             del sys.modules["ssl"]

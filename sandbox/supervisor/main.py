@@ -1,4 +1,4 @@
-"""Entry of the supervisor process: `python -I -c ... CONTROL_FD STATE`, started by `sandbox.link`."""
+"""Entry of the supervisor process: `python -I -c ... CONTROL_FD STATE`, started by `sandbox.link`, or forked."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import resource
 import signal
 import socket
 import sys
-from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from sandbox._linux import process, scheduling, wire
 from sandbox.errors import SandboxError
 from sandbox.launchers.zygote import Zygote
 from sandbox.supervisor import loading
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def run(argv: list[str]) -> NoReturn:
     """`main` as a process of its own, which ends without being taken apart: that costs a tenth of a short run."""
     status = main(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if stream is not None:  # a command line that was started without it
+            stream.flush()
     os._exit(status)
 
 
@@ -39,11 +42,12 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     # First of all: it loads its part while we load ours.
     zygote = Zygote.begin()
-    loading.load_asyncio()
+    loading.load()
     import asyncio
+    import pathlib
 
     try:
-        return asyncio.run(_run(control, Path(argv[1]), zygote))
+        return asyncio.run(_run(control, pathlib.Path(argv[1]), zygote))
     except SandboxError as error:
         wire.send(control, {"ev": "failed", "type": type(error).__name__, "message": error.message, "hint": error.hint})
         return 1

@@ -33,7 +33,6 @@ from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
-from sandbox.supervisor.egress import CallEgress, Egress
 from sandbox.supervisor.gpu import Gpus
 from sandbox.supervisor.launching import Launchers
 from sandbox.supervisor.pool import is_poolable
@@ -41,6 +40,7 @@ from sandbox.supervisor.work import Work
 
 if TYPE_CHECKING:
     from sandbox.launchers.contract import Container
+    from sandbox.supervisor.egress import CallEgress, Egress
     from sandbox.supervisor.gpu_call import CallGpu
     from sandbox.supervisor.pool import Pool
 
@@ -77,7 +77,7 @@ class Supervisor:
         self._tree: cgroup.Tree | None = None
         self._launchers: Launchers
         self._gpus: Gpus
-        self._egress = Egress()
+        self._egress: Egress | None = None
         self.chain: Chain = Store(state).open_chain("supervisor")
         self.host = {
             "id": os.uname().nodename,
@@ -135,7 +135,8 @@ class Supervisor:
             call.stop("caller")
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
-        self._egress.close()
+        if self._egress is not None:
+            self._egress.close()
         self._gpus.close()
         self._launchers.close()
         if self._tree is not None:
@@ -246,7 +247,9 @@ class Supervisor:
             plan = await asyncio.to_thread(work.before) if work.mode in ("rw", "cow") else plan
             gpu = await self._gpus.open_call(call_id, plan)
             plan = gpu.plan if gpu is not None else plan
-            plan, kind = await self._egress.with_authority(plan, ask["plan_id"])
+            kind = ask["plan_id"]
+            if plan.egress is not None:
+                plan, kind = await self._gateways().with_authority(plan, kind)
             pool = await self._launchers.pool(plan.launcher)
             jail = await self._take(pool, plan, kind)
             owned = dict(fds)
@@ -256,7 +259,7 @@ class Supervisor:
             if is_poolable(plan):
                 call.another = functools.partial(self._gpus.admitted, functools.partial(pool.make, plan))
             if plan.egress is not None:
-                call.egress = CallEgress(call_id, plan.egress, self._egress, call.stop)
+                call.egress = self._call_egress(call, plan.egress)
             self._gpus.admit(jail.group, gpu)
             if gpu is not None:
                 call.gpu = gpu
@@ -280,6 +283,19 @@ class Supervisor:
                 if call.is_dying:
                     await call.jail.wait_dead()
                 call.jail.close()
+
+    def _gateways(self) -> Egress:
+        # What speaks to them is loaded for calls with an allowlist alone.
+        if self._egress is None:
+            from sandbox.supervisor.egress import Egress
+
+            self._egress = Egress()
+        return self._egress
+
+    def _call_egress(self, call: Call, policy: dict[str, Any]) -> CallEgress:
+        from sandbox.supervisor.egress import CallEgress
+
+        return CallEgress(call.call_id, policy, self._gateways(), call.stop)
 
     async def _take(self, pool: Pool, plan: LaunchPlan, kind: str) -> Container:
         """A container for a call, when it is its turn: in the order in which they were asked for."""

@@ -42,7 +42,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {part: len(LAYERS) - index for index, layer in enumerate(LAYERS) for part in layer}
-SPLIT = {"profile": "profiles"} | {name: name for name in ("host", "runtime", "planner", "manifest", "prepare")}
+SPLIT = {"profile": "profiles"} | {name: name for name in ("host", "runtime", "planner", "manifest", "prepare", "link")}
 
 HEAVY = ("pydantic", "typer", "rich", "cryptography", "docker", "numpy", "pandas", "asyncio", "ctypes", "cloudpickle")
 

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+NOT_LOADED = ["ssl", "inspect", "ast", "traceback", "asyncio.sslproto", "urllib.parse"]
 _START = f"""
 import json, sys
 sys.path.append({str(ROOT)!r})
 from sandbox.supervisor import loading
-loading.load_asyncio()
+loading.load()
 import asyncio
-loaded = [name for name in {["ssl", "inspect", "ast", "traceback", "asyncio.sslproto"]!r} if name in sys.modules]
+loaded = [name for name in {NOT_LOADED!r} if name in sys.modules]
 """
 
 
@@ -32,11 +33,12 @@ def test_what_asyncio_names_and_a_supervisor_does_not_use_is_not_loaded() -> Non
 
 def test_what_is_asked_for_later_is_the_real_module() -> None:
     asked, _ = run("""
-import asyncio.sslproto, asyncio.staggered, inspect, ssl, traceback
-print(json.dumps([inspect.isfunction(loading.load_asyncio), hasattr(ssl, "SSLContext"),
+import asyncio.sslproto, asyncio.staggered, inspect, pathlib, ssl, traceback
+print(json.dumps([inspect.isfunction(loading.load), hasattr(ssl, "SSLContext"),
+    pathlib.PurePath("/a b").as_uri() == "file:///a%20b",
     hasattr(asyncio.sslproto, "SSLProtocol"), asyncio.sslproto is sys.modules["asyncio.sslproto"]]))
 """)
-    assert asked == [True, True, True, True]
+    assert asked == [True, True, True, True, True]
 
 
 def test_asyncio_tells_of_a_task_that_failed_as_ever() -> None:
