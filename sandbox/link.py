@@ -163,7 +163,10 @@ class Pending:
         for fd in fds:
             os.close(fd)
         if message is None:
-            raise CallLost("the supervisor died before the call ended; nothing is known about what the tool did")
+            raise CallLost(
+                "the supervisor died before the call ended; nothing is known about what the tool did",
+                hint="the next start with this state directory closes its record as lost: sandbox audit list",
+            )
         if message["ev"] == "error":
             raise _error(message)
         return {**message, "sections": sections}
