@@ -190,6 +190,7 @@ def _image_steps(choice: Choice, manifest: Manifest, call: CallSpec, rest: _Rest
         settings,
         Step("scratch", "view", _scratch(manifest, call)),
         Step("system_view", "view", {"runtime_files": runtime_files}),
+        *planner_http.steps(manifest),
         *_granted_steps(manifest, call, around),
         *((Step("terminals", "view", _terminal(call, around)),) if call.tty else ()),
     )

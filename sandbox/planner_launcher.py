@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from sandbox import planner_gpu, planner_http
+from sandbox import planner_gpu
 from sandbox.grants import has_glob, path_within
 from sandbox.host import HostFacts
 from sandbox.launchers.declared import (
@@ -82,17 +82,16 @@ def _spoken(choice: Choice) -> str:
 
 
 def gaps(choice: Choice, manifest: Manifest, call: CallSpec) -> dict[str, str]:
-    """What the call asks for and this launcher declares that it cannot do."""
+    """What the call asks for and this launcher declares that it cannot do with this runtime."""
     wanted: Mapping[str, Callable[[], bool]] = {
         "terminal": lambda: call.tty,
         "cow": lambda: call.workspace.mode == "cow",
-        "inspection": lambda: planner_http.inspects(manifest),
         "gpu": lambda: planner_gpu.is_on(manifest),
         "egress": lambda: manifest.network.mode != "none",
         "deny": lambda: _denies_beyond_grants(manifest, call),
         "write": lambda: call.workspace.mode == "rw" or any(path.startswith("/") for path in manifest.filesystem.write),
     }
-    declared = {**DECLARED[choice.launcher].gaps, **DECLARED[choice.launcher].runtime_gaps.get(choice.runtime, {})}
+    declared = DECLARED[choice.launcher].runtime_gaps.get(choice.runtime, {})
     return {name: f"{choice.launcher}: {why}" for name, why in declared.items() if name in wanted and wanted[name]()}
 
 

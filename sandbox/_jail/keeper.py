@@ -22,7 +22,7 @@ import socket
 import struct
 import termios
 
-from sandbox._jail import cover, egress, inside, places, view
+from sandbox._jail import cover, egress, inside, places, trust, view
 from sandbox._jail.launch import Launch, report_failure
 from sandbox._linux import mounts, process, syscalls, wire
 from sandbox._linux.batch import Batch
@@ -239,6 +239,20 @@ def _scratch(launch: Launch, args: dict[str, Any]) -> None:
     batch.run()
 
 
+def _load_keystore(_launch: Launch, _args: dict[str, Any]) -> None:
+    """Inside there is no package of ours to load it from."""
+    from sandbox._jail import keystore  # noqa: F401
+
+
+def _trust(launch: Launch, args: dict[str, Any]) -> None:
+    """The image's own authorities with the gateway's, on a file system of their own, as the gate's is read-only."""
+    directory = os.path.dirname(args["bundle_file"])
+    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
+    mounts.mount("tmpfs", directory, "tmpfs", flags, "size=16m,nr_inodes=8,mode=755")
+    trust.show(launch, args, trust.image_roots(launch, args))
+    mounts.remount_read_only(directory, more_flags=mounts.MS_NOEXEC)
+
+
 def _open_terminal(launch: Launch, args: dict[str, Any]) -> None:
     """A pseudo-terminal of the container's own: its master goes out, the other end is the tool's by name and owner.
 
@@ -261,6 +275,7 @@ def _open_terminal(launch: Launch, args: dict[str, Any]) -> None:
 _ENGINES_OWN = ("container", "namespaces", "hostname", "rlimits", "proc", "capabilities", "no_new_privs", "seccomp")
 _ALL = (*_ENGINES_OWN, "etc_files", "scratch", "system_view", "grants", "workspace", "inner_grants", "deny")
 OUTSIDE = dict.fromkeys((*_ALL, "terminals"), _nothing) | {
+    "trust": _load_keystore,
     "grants": _open_grants,
     "inner_grants": _open_grants,
     "workspace": _open_workspace,
@@ -271,5 +286,10 @@ _ATTACH = dict.fromkeys(_ALL, _nothing) | {
     "workspace": _attach_workspace,
     "deny": cover.deny,
 }
-INSIDE = _ATTACH | {"scratch": _scratch, "terminals": _open_terminal, "egress": egress.egress}
+INSIDE = _ATTACH | {
+    "scratch": _scratch,
+    "trust": _trust,
+    "terminals": _open_terminal,
+    "egress": egress.egress,
+}
 BUILT = _ATTACH | {"scratch": view.scratch}

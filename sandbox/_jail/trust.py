@@ -7,6 +7,7 @@ variables point to. Nothing of this is there in other jails, nor on the host.
 from __future__ import annotations
 
 import os
+import stat
 
 from sandbox._jail import inside
 from sandbox._linux import mounts
@@ -21,16 +22,45 @@ FILE_MAX_BYTES = 4 << 20
 
 
 def trust(launch: Launch, args: dict[str, Any]) -> None:
-    """Write the files, and cover each of the system's in `covers` that is there with the longer one.
-
-    Java keeps its own, in another form, in `java_covers`.
-    """
-    _write(launch, args["authority_file"], args["authority"].encode())
+    """Show the host's own authorities with one more."""
     system = next((path for path in args["covers"] if os.path.isfile(path)), None)
     roots = b""
     if system is not None:
         with open(system, "rb") as file:
             roots = file.read(FILE_MAX_BYTES)
+    show(launch, args, roots)
+
+
+def image_roots(launch: Launch, args: dict[str, Any]) -> bytes:
+    """The authorities that a tree of somebody else's making has; empty when it has none.
+
+    Only a file that everybody inside may read: a link in an image must not show what it is not for.
+    """
+    root_fd = inside.open_root(launch.root)
+    try:
+        for path in args["covers"]:
+            place = inside.open_place(root_fd, path, follow=True)
+            if place is None:
+                continue
+            try:
+                mode = os.fstat(place).st_mode
+                where = os.readlink(f"/proc/self/fd/{place}")
+                if stat.S_ISREG(mode) and mode & stat.S_IROTH and not where.startswith(("/proc/", "/sys/")):
+                    with open(f"/proc/self/fd/{place}", "rb") as file:
+                        return file.read(FILE_MAX_BYTES)
+            finally:
+                os.close(place)
+    finally:
+        os.close(root_fd)
+    return b""
+
+
+def show(launch: Launch, args: dict[str, Any], roots: bytes) -> None:
+    """Write the files, and cover each of the system's in `covers` that is there with the longer one.
+
+    Java keeps its own, in another form, in `java_covers`.
+    """
+    _write(launch, args["authority_file"], args["authority"].encode())
     roots = roots.rstrip() + b"\n"
     _write(launch, args["bundle_file"], roots + args["authority"].encode())
     for path in args["covers"]:

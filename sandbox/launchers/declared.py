@@ -35,10 +35,10 @@ class Declaration:
 
     `has_default`: the default is somebody else's affair (an engine's), so it need not be named; else the first that is
     here is taken, and named. `program`: what it runs where it drives no runtimes. `needs_image`: its root comes from an
-    image that the manifest names. `has_landlock`: the second wall stands there too. `gaps`: what it cannot do at all,
-    with the reason. `obstacle`: why a runtime will not do on a host with these facts, and what would help; both empty
-    when it will. `controls`: every control's row on a host with these facts; `adjusted`: the same for one runtime.
-    `runtime_gaps`: what one runtime cannot do.
+    image that the manifest names. `has_landlock`: the second wall stands there too. `obstacle`: why a runtime will not
+    do on a host with these facts, and what would help; both empty when it will. `controls`: every control's row on a
+    host with these facts; `adjusted`: the same for one runtime. `runtime_gaps`: what it cannot do at all with one
+    runtime, with the reason.
     """
 
     name: str
@@ -47,7 +47,6 @@ class Declaration:
     program: str = ""
     needs_image: bool = False
     has_landlock: bool = False
-    gaps: Mapping[str, str] = field(default_factory=dict)
     obstacle: Callable[[str, HostFacts], tuple[str, str]] = lambda _runtime, _facts: ("", "")
     controls: Callable[[HostFacts], Mapping[str, Control]] = controls
     adjusted: Callable[[str, Mapping[str, Control]], Mapping[str, Control]] = lambda _runtime, rows: rows
@@ -83,7 +82,6 @@ DECLARED: Final[dict[str, Declaration]] = {
         "docker",
         runtimes=("runc", "crun", "runsc", "kata"),
         needs_image=True,
-        gaps=docker_declared.GAPS,
         obstacle=docker_declared.obstacle,
         controls=docker_declared.controls,
         adjusted=oci_declared.adjusted,

@@ -11,9 +11,6 @@ from sandbox.launchers import oci_declared
 
 _NO_LANDLOCK = "Docker starts the tool itself and knows no Landlock; the mount namespace is the one wall"
 
-GAPS: Final = {
-    "inspection": "inspected TLS needs an authority in the image's own trust store, which is the image's affair",
-}
 _ROWS: Final = {
     "filesystem": Control("full", "mount namespace of a container, read-only image"),
     "network": Control("full", "network namespace with loopback only"),

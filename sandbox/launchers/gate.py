@@ -31,6 +31,7 @@ _DIRECTORIES = {
     EMPTY: 0o755,
     "scratch": 0o755,
     "lower": 0o755,
+    "tls": 0o755,
     "denied-directory": 0o000,
     "etc": 0o755,
 }

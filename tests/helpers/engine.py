@@ -28,6 +28,7 @@ from typing import Any
 START_TIMEOUT_S = 60.0
 PYTHON = "sandbox-test/python:latest"
 NO_PYTHON = "sandbox-test/plain:latest"
+AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 OTHER_PYTHON = "sandbox-test/other:latest"
 _PROGRAMS = (
     "sh", "env", "cat", "ls", "id", "sleep", "head", "dd", "true", "false", "echo", "printenv", "touch", "mkdir", "rm",
@@ -206,7 +207,8 @@ def python_image(*programs: str) -> bytes:
         raise RuntimeError(f"{python}, from which an image is made, is not there")
     library = f"/usr/lib/python3.{sys.version_info.minor}"
     found = [path for name in programs if (path := shutil.which(name, path="/usr/bin:/bin"))]
-    return _tree([python, *found], [library], {"/usr/bin/python3": os.path.basename(python)})
+    authorities = [AUTHORITIES] if os.path.exists(AUTHORITIES) else []
+    return _tree([python, *found, *authorities], [library], {"/usr/bin/python3": os.path.basename(python)})
 
 
 @functools.cache
@@ -239,7 +241,7 @@ def _tree(
             _add_link(tar, name, f"usr/{name}")
         for path in sorted(files | needed):
             real = os.path.realpath(path)
-            name = path if path.startswith("/usr/") else f"/usr{path}"
+            name = path if path.startswith(("/usr/", "/etc/")) else f"/usr{path}"
             tar.add(real, arcname=name.lstrip("/"))
         for name, target in links.items():
             _add_link(tar, name.lstrip("/"), target)

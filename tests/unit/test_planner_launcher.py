@@ -129,21 +129,15 @@ def test_an_unknown_launcher_is_refused_by_name() -> None:
     assert refused({"launcher": "firejail"}).controls["launcher"] == "no launcher is called 'firejail'"
 
 
-@pytest.mark.parametrize(
-    ("call", "more", "gap"),
-    [
-        (
-            CALL,
-            {"network": {"mode": "allowlist", "allow": ["a.org:443"], "http": ["* a.org /** inspect"]}},
-            "inspection",
-        ),
-    ],
-)
-def test_what_docker_declares_that_it_cannot_do_is_refused_and_nothing_else(
-    call: CallSpec, more: dict[str, Any], gap: str
-) -> None:
-    assert list(refused(IMAGE, call, **more).controls) == [gap]
-    assert planned({}, call, **more).launcher == "jail"
+def test_under_docker_the_call_is_told_of_the_gateways_authority_where_tls_is_looked_into() -> None:
+    network = {"mode": "allowlist", "allow": ["a.org:443"]}
+    inspected = planned(IMAGE, network={**network, "http": ["* a.org /** inspect"]})
+    steps = [step.name for step in inspected.steps]
+    assert steps.index("system_view") < steps.index("trust") < steps.index("deny")
+    assert inspected.env["SSL_CERT_FILE"] == "/run/sandbox/tls/authorities.pem"
+    plain = planned(IMAGE, network=network)
+    assert "trust" not in [step.name for step in plain.steps]
+    assert "SSL_CERT_FILE" not in plain.env
 
 
 def test_what_docker_cannot_hold_may_be_let_go_and_is_then_on_record() -> None:
