@@ -1,14 +1,15 @@
 """Try what the kernel lets us do, in forked children that throw everything away.
 
-One child C forks G, which leaves for a user namespace of its own, mapped as a jail's is: to an unprivileged host uid
-when we are root, else to our own. G tries the other namespaces and mounts, its child H (pid 1 of a new pid namespace)
-mounts /proc and counts tasks. Results are plain data: for each feature 0 (works) or the errno of the refusal.
+A child G leaves for a user namespace of its own, which we map as a jail's is: to an unprivileged host uid when we are
+root, else to our own. G tries the other namespaces and mounts, its child H (pid 1 of a new pid namespace) mounts /proc
+and counts tasks. Results are plain data: for each feature 0 (works) or the errno of the refusal.
 Call from single-threaded processes only. Nothing here changes the host.
 Source: namespaces(7), user_namespaces(7), landlock(7), seccomp(2).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -33,7 +34,8 @@ NAMESPACES = {
 _NR_LANDLOCK_CREATE_RULESET = 444
 _NR_PIDFD_OPEN = 434
 _LANDLOCK_VERSION = 1
-_TASKS = 6
+# G and H are two of them.
+_TASKS = 4
 # Any directory will do to cover with a tmpfs in a mount namespace of our own.
 _PLACES = ("/tmp", "/var/tmp", "/mnt", "/run")  # noqa: S108
 # With no answer in this time the host is in trouble; the child is killed and every feature counts as missing.
@@ -77,28 +79,47 @@ def try_features(*, as_root: bool) -> dict[str, object]:
     `proc`, `nproc`, `tproxy`, `idmap` (root only). `libseccomp` is a version or empty, `nvml` says whether the
     library loads.
     """
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        _run_child(write_fd, as_root=as_root)
-    os.close(write_fd)
-    try:
-        answer = _read_all(read_fd, _TIMEOUT_S)
-    finally:
-        os.close(read_fd)
-        # C's death takes G with it (death signal), and G's takes H.
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
     results: dict[str, object] = {}
+    deadline = time.monotonic() + _TIMEOUT_S
+    with contextlib.ExitStack() as stack:
+        ends = [end for _ in range(3) for end in os.pipe2(os.O_CLOEXEC)]
+        read_fd, write_fd, ready_read, ready_write, mapped_read, mapped_write = ends
+        pid = os.fork()
+        if pid == 0:
+            os.close(ready_read)
+            os.close(mapped_write)
+            _run_inside(write_fd, ready_write, mapped_read)
+        for fd in (read_fd, ready_read, mapped_write):
+            stack.callback(os.close, fd)
+        # G's death takes H with it (death signal).
+        stack.callback(os.waitpid, pid, 0)
+        stack.callback(os.kill, pid, signal.SIGKILL)
+        for fd in (write_fd, ready_write, mapped_read):
+            os.close(fd)
+        if _has_said(ready_read, deadline):
+            results["uid_map"] = _errno_of(_write_maps, pid, as_root)
+            if as_root:
+                results["idmap"] = _errno_of(_try_idmap, pid)
+            if results["uid_map"] == 0:
+                os.write(mapped_write, b"1")
+            else:
+                os.kill(pid, signal.SIGKILL)
+        results["libseccomp"] = _libseccomp_version()
+        answer = _read_all(read_fd, deadline)
     for line in answer.splitlines():
         results.update(json.loads(line))
     return results
 
 
-def _read_all(fd: int, timeout_s: float) -> bytes:
+def _has_said(fd: int, deadline: float) -> bool:
+    """Whether a byte came in time; false when the other end has closed."""
+    ready = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]
+    return bool(ready and os.read(fd, 1))
+
+
+def _read_all(fd: int, deadline: float) -> bytes:
     """Everything until the last writer closes, or as much as came in time; whole lines only."""
     chunks = b""
-    deadline = time.monotonic() + timeout_s
     while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
         chunk = os.read(fd, 1 << 16)
         if not chunk:
@@ -111,40 +132,19 @@ def _say(fd: int, key: str, value: object) -> None:
     os.write(fd, json.dumps({key: value}).encode() + b"\n")
 
 
-def _attempt(fd: int, key: str, action: object, *args: object) -> bool:
-    """Do `action` and report its errno."""
-    code = 0
+def _errno_of(action: object, *args: object) -> int:
     try:
         action(*args)  # type: ignore[operator]
     except OSError as err:
-        code = err.errno or errno.EIO
+        return err.errno or errno.EIO
+    return 0
+
+
+def _attempt(fd: int, key: str, action: object, *args: object) -> bool:
+    """Do `action` and report its errno."""
+    code = _errno_of(action, *args)
     _say(fd, key, code)
     return code == 0
-
-
-def _run_child(write_fd: int, *, as_root: bool) -> None:
-    """C: prepares the maps of G from outside, as the zygote does, and looks for libraries meanwhile. Never returns."""
-    try:
-        process.die_with_parent()
-        ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
-        mapped_read, mapped_write = os.pipe2(os.O_CLOEXEC)
-        child = os.fork()
-        if child == 0:
-            os.close(ready_read)
-            os.close(mapped_write)
-            _run_inside(write_fd, ready_write, mapped_read)
-        os.close(ready_write)
-        os.close(mapped_read)
-        _say(write_fd, "libseccomp", _libseccomp_version())
-        _say(write_fd, "nvml", _loads("libnvidia-ml.so.1"))
-        if os.read(ready_read, 1) and _attempt(write_fd, "uid_map", _write_maps, child, as_root):
-            if as_root:
-                _attempt(write_fd, "idmap", _try_idmap, child)
-            os.write(mapped_write, b"1")
-        os.close(mapped_write)
-        os.waitpid(child, 0)
-    finally:
-        os._exit(0)
 
 
 def _write_maps(pid: int, as_root: bool) -> None:
@@ -162,16 +162,22 @@ def _write_maps(pid: int, as_root: bool) -> None:
 
 
 def _try_idmap(pid: int) -> None:
-    userns_fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    root_fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    tree_fd = mounts.clone_tree(root_fd, recursive=False)
-    mounts.set_attributes(tree_fd, 0, userns_fd=userns_fd, recursive=False)
+    with contextlib.ExitStack() as stack:
+        userns_fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, userns_fd)
+        root_fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        stack.callback(os.close, root_fd)
+        # Attached nowhere: it is gone when it is closed.
+        tree_fd = mounts.clone_tree(root_fd, recursive=False)
+        stack.callback(os.close, tree_fd)
+        mounts.set_attributes(tree_fd, 0, userns_fd=userns_fd, recursive=False)
 
 
 def _run_inside(write_fd: int, ready_write: int, mapped_read: int) -> None:
     """G: tries everything from inside the user namespace. Never returns."""
     try:
         process.die_with_parent()
+        _say(write_fd, "nvml", _loads("libnvidia-ml.so.1"))
         if not _attempt(write_fd, "user", syscalls.unshare, syscalls.CLONE_NEWUSER):
             return
         os.write(ready_write, b"1")

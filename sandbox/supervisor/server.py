@@ -91,10 +91,11 @@ class Supervisor:
 
     def prepare(self) -> None:
         """Bring up what calls need."""
-        cgroup.reap()
+        layout = cgroup.detect()
+        cgroup.reap(layout=layout)
         tree = None
         try:
-            tree = cgroup.Tree.open(self._name)
+            tree = cgroup.Tree.open(self._name, layout)
         except OSError as error:
             # Nothing is weakened by this: the facts are corrected, and the plan goes by the facts.
             reasons = dict.fromkeys(self.facts.cgroups, f"its group cannot be made: {error}")
