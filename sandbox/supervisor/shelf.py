@@ -27,6 +27,9 @@ TEMPLATE_TIMEOUT_S = 60.0
 # answer: until then they would compete. Of a call that takes longer the end is not waited for.
 REFILL_DELAY_S = 0.01
 ANSWERED_DELAY_S = 0.0005
+# A kind's first call makes its own way, and a template in the making would take its core: it comes when that call is
+# answered, or with the second call.
+FIRST_DELAY_S = 0.2
 RETRY_S = 0.25
 RETRY_MAX_S = 60.0
 LOST_MAX = 3
@@ -94,7 +97,8 @@ class Shelf:
         """A standby, or else a jail that is made now. Raises OSError or LauncherUnavailable."""
         self.used_at = time.monotonic()
         self._taken += 1
-        self._refill_in(REFILL_DELAY_S)
+        is_first = self._wanted == 0 and self._template is None
+        self._refill_in(FIRST_DELAY_S if is_first else REFILL_DELAY_S)
         while self._parked:
             jail = self._parked.popleft()
             if jail.is_usable():
