@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from sandbox import planner_gpu
+from sandbox import planner_gpu, planner_http
 from sandbox.grants import has_glob, path_within
 from sandbox.host import HostFacts
 from sandbox.launchers.declared import (
@@ -86,6 +86,7 @@ def gaps(choice: Choice, manifest: Manifest, call: CallSpec) -> dict[str, str]:
     wanted: Mapping[str, Callable[[], bool]] = {
         "terminal": lambda: call.tty,
         "cow": lambda: call.workspace.mode == "cow",
+        "inspection": lambda: planner_http.inspects(manifest),
         "gpu": lambda: planner_gpu.is_on(manifest),
         "egress": lambda: manifest.network.mode != "none",
         "deny": lambda: _denies_beyond_grants(manifest, call),

@@ -15,6 +15,7 @@ Source: setns(2), pid_namespaces(7), pidfd_open(2).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -48,6 +49,7 @@ class Entry(Launch):
     def __init__(self, message: dict[str, object], fds: list[int]) -> None:
         self.built_at = str(message.get("built_at", ""))
         super().__init__({"mnt": self.built_at or "/run/sandbox", **message}, fds)
+        self.is_made_by_us = bool(self.built_at)
         self.pid = int(str(message.get("pid", -1)))
         self.mark = str(message.get("mark", ""))
         # Opened on the host, mounted inside: descriptor, path inside, whether it is a directory.
@@ -90,17 +92,17 @@ def main(control_fd: int) -> None:
 
 
 def _take(control: socket.socket, message: dict[str, object], fds: list[int], kept: dict[str, int]) -> None:
-    """One of the supervisor's requests: `build`, `keep` or `enter`, which is to keep and to complete."""
+    """One of the supervisor's requests: `build`; or `keep` and `enter`, which watch a container and complete it."""
     entry = Entry(message, fds)
     entry.step = "container"
-    work = {"build": _build, "enter": _complete}.get(str(message["op"]))
+    work = {"build": _build, "keep": _join, "enter": _complete}[str(message["op"])]
     try:
         if message["op"] != "build":
             _keep(entry, str(message["name"]), kept)
     except OSError as error:
         report_failure(entry, error)
     else:
-        if work is not None and os.fork() == 0:
+        if os.fork() == 0:
             control.close()
             for other in kept.values():
                 os.close(other)
@@ -183,6 +185,32 @@ def _build(entry: Entry) -> None:
         entry.run_steps("view", BUILT)
         _report_sealed(entry)
     except Exception as error:  # noqa: BLE001 - it is reported, and nothing is made
+        report_failure(entry, error)
+    os._exit(0)
+
+
+def _join(entry: Entry) -> None:
+    """In a child: what is left for a container that was built, the sockets of the gateway. Does not return.
+
+    A kernel of its own inside may use the network stack of the namespace that its engine made for it.
+    """
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        process.die_with_parent()
+        entry.step = "enter"
+        fd = os.open(f"/proc/{entry.pid}/ns/net", os.O_RDONLY)
+        if os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/net")):
+            raise OSError(errno.EPERM, "the container has no network namespace of its own")
+        syscalls.setns(fd, syscalls.CLONE_NEWNET)
+        os.close(fd)
+        # A runtime that brings a network stack of its own leaves this one as it was made.
+        batch = Batch()
+        process.add_loopback_up(batch)
+        batch.run()
+        entry.run_steps("view", JOINED)
+        entry.run_steps("call", JOINED)
+        _report_sealed(entry)
+    except Exception as error:  # noqa: BLE001 - it is reported, and ends the container
         report_failure(entry, error)
     os._exit(0)
 
@@ -293,3 +321,4 @@ INSIDE = _ATTACH | {
     "egress": egress.egress,
 }
 BUILT = _ATTACH | {"scratch": view.scratch}
+JOINED = dict.fromkeys(_ALL, _nothing) | {"egress": egress.egress}

@@ -36,6 +36,9 @@ class Launch:
         # A template's children have uids of their own; it takes root to map more than one.
         self.uid_count = int(str(message.get("uid_count", 1)))
         self.mnt = str(message["mnt"])
+        # What is inside reaches granted trees through a process with the supervisor's own uid, which makes files first
+        # and gives them away then.
+        self.is_made_by_us = False
         # Absent where a container's runtime installs it.
         self.seccomp = wire.read_memfd(self.fds["seccomp"]) if "seccomp" in self.fds else b""
         self.cap_last = process.last_cap()

@@ -245,7 +245,11 @@ def attach_grant(launch: Launch, tree: int, jail_path: str, *, directory: bool) 
 
 def _map_owner(launch: Launch, tree: int, host_path: str, *, must: bool) -> None:
     """Show what the supervisor's own uid owns as owned by the jail's uid, in both directions (idmapped mount)."""
-    userns_fd = _idmap_namespace(os.geteuid(), launch.owner)
+    pairs = [(os.geteuid(), launch.owner)]
+    if launch.is_made_by_us:
+        # A new file is whoever's made it, until that one gives it to the jail's uid: for that moment the jail's.
+        pairs.append((launch.owner, os.geteuid()))
+    userns_fd = _idmap_namespace(pairs)
     try:
         mounts.set_attributes(tree, 0, userns_fd=userns_fd)
     except OSError as error:
@@ -258,8 +262,8 @@ def _map_owner(launch: Launch, tree: int, host_path: str, *, must: bool) -> None
         os.close(userns_fd)
 
 
-def _idmap_namespace(outside: int, inside: int) -> int:
-    """A descriptor of a user namespace that maps one id to another. Its only process lives as long as this takes."""
+def _idmap_namespace(pairs: list[tuple[int, int]]) -> int:
+    """A descriptor of a user namespace that maps ids (on the disk, in sight). Its one process ends with this."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid, pidfd = syscalls.clone(syscalls.CLONE_NEWUSER)
     if pid == 0:
@@ -270,7 +274,7 @@ def _idmap_namespace(outside: int, inside: int) -> int:
         for name in ("uid_map", "gid_map"):
             fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                os.write(fd, b"%d %d 1" % (outside, inside))
+                os.write(fd, b"".join(b"%d %d 1\n" % pair for pair in pairs))
             finally:
                 os.close(fd)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

@@ -31,6 +31,8 @@ def contenders(state: Path, image: str) -> tuple[list[Contender], dict[str, str]
     missing: dict[str, str] = {}
     if image:
         walls["ours in docker"] = {"launcher": "docker", "image": image}
+        gvisor = {"launcher": "docker", "runtime": "runsc", "image": image, "best_effort": ["pids"]}
+        walls["ours in docker, runsc"] = gvisor
     else:
         missing["ours in docker"] = "no image was named (--image)"
     found = []

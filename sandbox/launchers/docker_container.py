@@ -113,7 +113,7 @@ class DockerContainer:
         made = self._making
         message = {"name": self.name, "pid": made.pid, "mark": made.id, "host_uid": made.uid}
         with theirs:
-            self._crew.keeper.ask("keep" if made.is_complete else "enter", message, theirs.fileno(), made.plan)
+            self._crew.keeper.ask("keep" if made.is_built else "enter", message, theirs.fileno(), made.plan)
 
     def _on_status(self) -> None:
         assert self._status is not None
@@ -153,8 +153,6 @@ class DockerContainer:
             self._check_io()
         if self.is_killed:
             self.kill()
-        if self._making.is_complete:
-            self._sealed({"steps": self._making.steps, "notes": []})
 
     def _check_io(self) -> None:
         try:

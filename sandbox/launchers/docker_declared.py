@@ -42,9 +42,9 @@ def controls(facts: HostFacts) -> dict[str, Control]:
 
 
 RUNSC_GAPS: Final = {
-    **oci_declared.RUNSC_GAPS,
+    "gpu": oci_declared.RUNSC_GAPS["gpu"],
+    "inspection": "the image's own authorities are under gVisor's kernel, and cannot be shown with one more",
     "terminal": "gVisor's terminals are its own, and only the daemon could hold the other side of one",
-    "write": "gVisor's file process would make files as root's; use 'cow' or a private place",
     "deny": "nobody can cover the image's own files under gVisor's kernel; deny what lies below a granted path",
 }
 # A pipe belongs to the kernel that opened it, wherever its name is (fifo(7)).

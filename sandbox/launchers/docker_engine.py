@@ -191,18 +191,26 @@ def refuse_devices(info: Mapping[str, Any], names: Sequence[str]) -> str:
     return f"the daemon knows no device {', '.join(lacking)}" if lacking else ""
 
 
-# What gVisor is to be told: a network stack that has nothing but its loopback, whatever the engine gives it; to apply
-# our filter; and to open the named pipes that it is shown, which are the call's streams.
-RUNSC_ARGUMENTS: Final = ("network=none", "oci-seccomp", "host-fifo=open")
+# What gVisor is to be told: to apply our filter, and to open the named pipes that it is shown, which are the call's
+# streams. And whose network stack to use: that of the namespace which the engine makes for the container, where the
+# gateway's sockets can be, or its own without any way out. Untold it takes one of its own, with what the engine gives.
+RUNSC_ARGUMENTS: Final = ("oci-seccomp", "host-fifo=open")
+RUNSC_JOINED: Final = "network=host"
+RUNSC_ALONE: Final = "network=none"
 
 
-def refuse_runtime(info: Mapping[str, Any], name: str) -> str:
-    """Why a daemon's runtime with a kernel of its own inside will not do; empty when it will. Pure."""
+def refuse_runtime(info: Mapping[str, Any], name: str, *, has_way_out: bool = False) -> str:
+    """Why a daemon's runtime with a kernel of its own inside will not do; empty when it will. Pure.
+
+    `has_way_out`: the call has an allowlist.
+    """
     found = (info.get("Runtimes") or {}).get(name)
     if found is None:
         return f"it knows no runtime {name!r}"
     told = {str(argument).lstrip("-").removesuffix("=true") for argument in found.get("runtimeArgs") or ()}
     lacking = [f"--{argument}" for argument in RUNSC_ARGUMENTS if argument not in told]
+    if RUNSC_JOINED not in told and (has_way_out or RUNSC_ALONE not in told):
+        lacking.insert(0, f"--{RUNSC_JOINED}")
     return f"its runtime {name!r} is started without {' '.join(lacking)}" if lacking else ""
 
 

@@ -51,11 +51,10 @@ class Site:
 class Making:
     """One container on its way. `uid`: its own on this host. `is_given_up`: it is not to be started any more.
 
-    `is_complete`: once made, nothing has to be put into it from outside; then `steps` were carried out before, and
-    `fds` came out of them.
+    `is_built`: what is mounted in it was put together before, and `fds` came out of that.
     """
 
-    is_complete = False
+    is_built = False
 
     def __init__(self, site: Site, kind: Kind, name: str, uid: int) -> None:
         self.plan = kind.plan
@@ -72,7 +71,6 @@ class Making:
         self.notes: list[str] = []
         self.pipes: dict[str, int] = {}
         self.fds: dict[str, int] = {}
-        self.steps: list[str] = []
         self.is_given_up = False
         self._site = site
         self._seccomp = kind.seccomp

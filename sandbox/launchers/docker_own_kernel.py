@@ -3,7 +3,8 @@
 Such a kernel reads files through a process that opens its mounts when the container is made, and nobody enters its
 namespaces. So the keeper builds the private places, granted trees and layers on the host, by the same steps, below the
 gate's directory; the engine mounts them by path, and they are detached, granted trees once it has, the others when the
-container has gone. Named pipes work, where the runtime was told to open them.
+container has gone. Named pipes work, where the runtime was told to open them, and so does the gateway, where it was
+told to use the network stack of the namespace that the engine makes ("host" to gVisor, never the host's here).
 Source: gVisor's runsc/config (host-fifo, oci-seccomp, network).
 """
 
@@ -27,19 +28,19 @@ from sandbox.plan import LaunchPlan
 BUILD_TIMEOUT_S: Final = 60.0
 _HINT: Final = (
     'register it in the daemon\'s daemon.json: {"runtimes": {"runsc": {"path": "/usr/bin/runsc", "runtimeArgs": '
-    '["--network=none", "--oci-seccomp", "--host-fifo=open"]}}}'
+    '["--network=host", "--oci-seccomp", "--host-fifo=open"]}}}'
 )
 
 
 class OwnKernelMaking(Making):
     """One such container on its way."""
 
-    is_complete = True
+    is_built = True
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
         runtime = config.step(self.plan, "container")["runtime"]
-        if why := refuse_runtime(engine.info, runtime):
+        if why := refuse_runtime(engine.info, runtime, has_way_out=bool(config.step(self.plan, "egress"))):
             raise LaunchError(f"docker at {engine.address}: {why}", step="container", hint=_HINT)
 
     def prepare(self) -> None:
@@ -60,8 +61,8 @@ class OwnKernelMaking(Making):
             number = int(str(answer["errno"]))
             what = f"{answer['message']} ({errno.errorcode.get(number, number)})" if number else str(answer["message"])
             raise LaunchError(what, step=str(answer["step"]))
-        self.steps += _texts(answer["steps"])
-        self.notes += _texts(answer["notes"])
+        notes: Any = answer["notes"]
+        self.notes += notes
 
     def started(self) -> None:
         """Let go of what only the engine had to see. It has mounts of its own by now.
@@ -93,19 +94,24 @@ class OwnKernelMaking(Making):
         assert self.gate is not None
         found = [(source, target, True) for source, target in config.own_mounts(wanted)]
         found.append((self.gate.pipes, f"{gate.AT}/{gate.PIPES_IN}", False))
-        granted = dict.fromkeys((path for path, _ in config.granted_places(self.plan)), True)
-        workspace = config.step(self.plan, "workspace")
-        if workspace.get("mode") == "cow":
-            granted[workspace["jail_path"]] = False
-        private = dict.fromkeys(config.step(self.plan, "scratch")["directories"], False)
-        # What lies below another comes with it, and is read-only there as its own mount is.
-        outermost = config.outermost([*private, *granted])
-        found += [(f"{built}/root{path}", path, (private | granted)[path]) for path in outermost]
+        writable = self._writable()
+        shown = [
+            *config.step(self.plan, "scratch")["directories"],
+            *(path for path, _ in config.granted_places(self.plan)),
+        ]
+        for path in config.outermost(shown):
+            # What lies below another comes with it, and is as writable there as its own mount is.
+            read_only = not any(path_within(other, path) for other in writable)
+            found.append((f"{built}/root{path}", path, read_only))
         return found
 
-
-def _texts(found: Any) -> list[str]:
-    return [str(text) for text in found]
+    def _writable(self) -> list[str]:
+        found = [*config.step(self.plan, "scratch")["directories"]]
+        for name in ("grants", "inner_grants"):
+            grants = config.step(self.plan, name).get("paths", ())
+            found += [grant["jail_path"] for grant in grants if grant["access"] == "write"]
+        workspace = config.step(self.plan, "workspace")
+        return [*found, *([workspace["jail_path"]] if workspace.get("mode") in ("cow", "rw") else [])]
 
 
 def has_own_kernel(plan: LaunchPlan) -> bool:

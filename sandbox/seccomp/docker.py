@@ -62,10 +62,18 @@ def to_docker_names(policy: Mapping[str, Any], arch: str) -> dict[str, Any]:
     Our whole filter has more instructions than gVisor takes (4096), and its conditions tell apart what reaches this
     kernel's own, which no call of the tool's does. gVisor of 2022 answers EPERM whatever error a profile names, so a
     list of what is allowed would break the programs that look for ENOSYS before they fall back.
+
+    Conditions are kept for what reaches the host's files all the same: bits with which others would run a file as its
+    owner, who is the caller.
     """
     refused = sorted(name for name, then in policy["calls"].items() if then == "EPERM")
-    rule = {"names": refused, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
-    return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": [_ARCHITECTURES[arch]], "syscalls": [rule]}
+    entries = [{"names": refused, **_action("EPERM")}]
+    for name in sorted(policies.SET_ID_CALLS & policy["calls"].keys() & NUMBERS[arch].keys()):
+        found = boxes(policy["calls"][name])
+        entries += [
+            {"names": [name], **_action(then), "args": _conditions(box)} for box, then in found if then == "EPERM"
+        ]
+    return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": [_ARCHITECTURES[arch]], "syscalls": entries}
 
 
 def boxes(guard: policies.Guard) -> list[tuple[_Box, str]]:

@@ -115,6 +115,8 @@ ABSENT: str = """
 
 CLONE_NEW_FLAGS = 0x7E02_0000  # CLONE_NEWNS|CGROUP|UTS|IPC|USER|PID|NET; NEWTIME collides with the exit signal here
 SET_ID_BITS = 0o6000  # S_ISUID | S_ISGID
+# Calls by which a file gets a mode.
+SET_ID_CALLS = frozenset(("chmod", "fchmod", "fchmodat", "fchmodat2", "creat", "open", "openat", "mknod", "mknodat"))
 O_CREAT_OR_TMPFILE = 0o100 | 0o20000000  # the mode argument counts only with one of these
 S_IFMT = 0o170000
 PLAIN_NODE_TYPES = (0, 0o100000, 0o010000, 0o140000)  # regular (twice), FIFO, socket

@@ -207,6 +207,6 @@ def judge(check: Check, stage: Stage) -> Finding:
         return Finding(check, REFUSED, "; ".join(f"{name}: {why}" for name, why in error.controls.items()))
     except NotTried as error:
         return Finding(check, NOT_TRIED, str(error))
-    except (AssertionError, SandboxError, OSError, ValueError, KeyError) as error:
+    except (AssertionError, SandboxError, OSError, ValueError, KeyError, AttributeError) as error:
         return Finding(check, BROKEN, f"{type(error).__name__}: {str(error)[:600]}")
     return Finding(check, HELD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -25,12 +26,34 @@ HOLDS = [
     "no_neighbours",
     "nothing_survives",
     "streams",
+    "write_grant_belongs_to_the_caller",
+    "workspace_is_the_callers",
     "changes_can_be_discarded",
     "no_network",
+    "sockets",
+    "allowlist",
+    "names",
+    "no_datagrams",
     "memory",
     "disk",
 ]
-IS_REFUSED = ["write_grant_belongs_to_the_caller", "allowlist", "pids"]
+IS_REFUSED = ["pids"]
+# A file of the caller's that others would run as the caller.
+SET_ID = """
+import os, sys
+def no(what, *args):
+    try: what(*args)
+    except OSError as error: return error.errno
+    return 0
+os.chdir(sys.argv[1])
+open("made", "w").close()
+fd = os.open("made", os.O_RDWR)
+create = os.O_CREAT | os.O_WRONLY
+print([no(os.chmod, "made", 0o4755), no(os.chmod, "made", 0o2755), no(os.fchmod, fd, 0o6755),
+       no(os.open, "opened", create, 0o4755), no(os.mknod, "node", 0o104755)])
+print([no(os.chmod, "made", 0o755), no(os.fchmod, fd, 0o751), no(os.open, "plain", create, 0o755),
+       no(os.mknod, "there", 0o100755)])
+"""
 
 
 @pytest.fixture
@@ -61,6 +84,17 @@ def test_a_signal_reaches_the_tool(gvisor: Callable[..., Sandbox]) -> None:
         assert next(iter(stream)) == ("stdout", b"on\n")
         stream.signal(signal.SIGTERM)
         assert stream.outcome.exit_code == 9
+
+
+def test_nothing_written_to_the_host_runs_as_the_caller_for_others(
+    gvisor: Callable[..., Sandbox], short_path: Path
+) -> None:
+    box = gvisor(filesystem={"write": [str(short_path)]})
+    done = box.run(["python3", "-I", "-c", SET_ID, str(short_path)])
+    assert done.text.splitlines() == [str([errno.EPERM] * 5), str([0] * 4)], done.stderr
+    found = {path.name: path.stat() for path in short_path.iterdir()}
+    assert set(found) == {"made", "plain", "there"}
+    assert all((info.st_uid, info.st_mode & 0o6000) == (os.geteuid(), 0) for info in found.values())
 
 
 def test_what_is_built_for_it_does_not_reach_the_hosts_own_trees(

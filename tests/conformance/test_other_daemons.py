@@ -93,3 +93,28 @@ def test_a_daemon_that_will_not_do_is_refused_by_name_and_makes_nothing(
     assert says in done.ending.message
     assert not [path for path in asked if "/containers/create" in path]
     assert any("/images/" in path for path in asked) == (says == "No such image")
+
+
+@pytest.mark.needs("runsc")
+@pytest.mark.parametrize(
+    ("daemon", "says"),
+    [
+        pytest.param({"Runtimes": {"runc": {}}}, "knows no runtime 'runsc'", id="not registered"),
+        pytest.param(
+            {"Runtimes": {"runsc": {"runtimeArgs": ["--network=none"]}}}, "--oci-seccomp", id="told too little"
+        ),
+    ],
+    indirect=["daemon"],
+)
+def test_gvisor_that_is_not_told_enough_is_refused_with_the_line_to_write(
+    daemon: tuple[str, list[str]], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, asked = daemon
+    monkeypatch.setenv("DOCKER_HOST", address)
+    isolation = {"launcher": "docker", "runtime": "runsc", "image": "x", "best_effort": ["pids"]}
+    with Sandbox({"isolation": isolation}, state=tmp_path) as box:
+        done = box.run(["true"])
+    assert (done.ending.kind, done.ending.fault) == ("launch_error", "host")
+    assert says in done.ending.message
+    assert '"--host-fifo=open"' in done.ending.message
+    assert not [path for path in asked if "/images/" in path or "/containers/create" in path]

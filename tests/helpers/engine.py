@@ -157,7 +157,7 @@ def running(*options: str, parent: str | None = None) -> Iterator[Engine]:
 
 
 # As the documentation has it registered: --add-runtime takes no arguments.
-_RUNSC = {"path": "/usr/bin/runsc", "runtimeArgs": ["--network=none", "--oci-seccomp", "--host-fifo=open"]}
+_RUNSC = {"path": "/usr/bin/runsc", "runtimeArgs": ["--network=host", "--oci-seccomp", "--host-fifo=open"]}
 
 
 def _start(directory: Path, options: tuple[str, ...]) -> subprocess.Popen[bytes]:

@@ -51,7 +51,7 @@ def test_a_daemon_that_cannot_hold_the_plan_is_refused_by_name(change: dict[str,
     ("runtimes", "says"),
     [
         ({"runc": {"path": "runc"}}, "knows no runtime 'runsc'"),
-        ({"runsc": {"path": "/usr/bin/runsc"}}, "without --network=none --oci-seccomp --host-fifo=open"),
+        ({"runsc": {"path": "/usr/bin/runsc"}}, "without --network=host --oci-seccomp --host-fifo=open"),
         ({"runsc": {"runtimeArgs": ["--network=none", "-oci-seccomp", "--debug"]}}, "without --host-fifo=open"),
         ({"runsc": {"runtimeArgs": ["-network=none", "--oci-seccomp=true", "--host-fifo=open"]}}, ""),
     ],
@@ -59,6 +59,14 @@ def test_a_daemon_that_cannot_hold_the_plan_is_refused_by_name(change: dict[str,
 def test_gvisor_is_refused_where_the_daemon_does_not_tell_it_enough(runtimes: dict[str, Any], says: str) -> None:
     found = refuse_runtime({**GOOD, "Runtimes": runtimes}, "runsc")
     assert (says in found) if says else found == ""
+
+
+@pytest.mark.parametrize(("network", "is_refused"), [("none", True), ("host", False)])
+def test_gvisor_has_a_way_out_only_by_the_containers_own_network_namespace(network: str, *, is_refused: bool) -> None:
+    told = {"runtimeArgs": [f"--network={network}", "--oci-seccomp", "--host-fifo=open"]}
+    info = {**GOOD, "Runtimes": {"runsc": told}}
+    assert refuse_runtime(info, "runsc") == ""
+    assert ("without --network=host" in refuse_runtime(info, "runsc", has_way_out=True)) == is_refused
 
 
 @pytest.mark.parametrize(

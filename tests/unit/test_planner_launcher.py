@@ -230,9 +230,6 @@ GVISOR_IN_DOCKER = {**IMAGE, "runtime": "runsc"}
     ("call", "more", "gap"),
     [
         (replace(CALL, tty=True), {}, "terminal"),
-        (replace(CALL, workspace=Workspace("rw", "/srv", "/srv")), {}, "write"),
-        (CALL, {"filesystem": {"write": ["/srv"]}}, "write"),
-        (CALL, {"network": {"mode": "allowlist", "allow": ["example.org:443"]}}, "egress"),
     ],
 )
 def test_what_gvisor_cannot_do_is_refused_and_only_with_gvisor(call: CallSpec, more: dict[str, Any], gap: str) -> None:
@@ -241,6 +238,29 @@ def test_what_gvisor_cannot_do_is_refused_and_only_with_gvisor(call: CallSpec, m
         assert list(refused(isolation, call, ("runsc",), **more).controls) == [gap]
     assert planned({"launcher": "oci"}, call, ("crun",), **more).launcher == "oci"
     assert planned(IMAGE, call, **more).launcher == "docker"
+
+
+@pytest.mark.parametrize(
+    ("call", "more"),
+    [
+        (replace(CALL, workspace=Workspace("rw", "/srv", "/srv")), {}),
+        (CALL, {"filesystem": {"write": ["/srv"]}}),
+    ],
+)
+def test_gvisor_writes_to_the_hosts_directories_under_docker_only(call: CallSpec, more: dict[str, Any]) -> None:
+    accepted = {"best_effort": ["pids"]}
+    assert list(refused({**GVISOR, **accepted}, call, ("runsc",), **more).controls) == ["write"]
+    assert planned({**GVISOR_IN_DOCKER, **accepted}, call, ("runsc",), **more).isolation["runtime"] == "runsc"
+
+
+def test_gvisor_has_the_gateway_under_docker_only_and_nobody_looks_into_its_tls() -> None:
+    more: dict[str, Any] = {"network": {"mode": "allowlist", "allow": ["a.org:443"]}}
+    accepted = {"best_effort": ["pids"]}
+    assert list(refused({**GVISOR, **accepted}, CALL, ("runsc",), **more).controls) == ["egress"]
+    plan = planned({**GVISOR_IN_DOCKER, **accepted}, CALL, ("runsc",), **more)
+    assert "egress" in [step.name for step in plan.steps]
+    more["network"]["http"] = ["* a.org /** inspect"]
+    assert list(refused({**GVISOR_IN_DOCKER, **accepted}, CALL, ("runsc",), **more).controls) == ["inspection"]
 
 
 def test_tasks_in_gvisor_are_counted_in_part_and_landlock_is_not_there() -> None:

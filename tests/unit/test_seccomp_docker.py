@@ -94,3 +94,19 @@ def test_runtime_compiles_it_to_the_policys_answers(
 ) -> None:
     found = bpf.simulate(runtime_program, AUDIT_ARCH["x86_64"], NUMBERS["x86_64"][name], args).action
     assert found == policies.evaluate(POLICY, name, args)
+
+
+@pytest.mark.parametrize("arch", sorted(NUMBERS))
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_for_gvisor_it_refuses_what_the_policy_refuses_by_name_and_every_set_id_bit(
+    arch: str, data: st.DataObject
+) -> None:
+    profile = docker.to_docker_names(POLICY, arch)
+    profile["defaultErrnoRet"] = "SCMP_ACT_ALLOW"
+    refused = sorted(name for name, then in POLICY["calls"].items() if then == "EPERM")
+    assert answer(profile, data.draw(st.sampled_from(refused)), [0] * 6) == ["EPERM"]
+    name = data.draw(st.sampled_from(sorted(policies.SET_ID_CALLS & NUMBERS[arch].keys())))
+    args = data.draw(st.lists(WORDS, min_size=6, max_size=6))
+    expected = policies.evaluate(POLICY, name, args)
+    assert answer(profile, name, args) == [expected if expected == "EPERM" else "allow"]
