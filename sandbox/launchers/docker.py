@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import stat
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -50,7 +52,8 @@ class DockerLauncher:
                 remove_tree(left)
         directory = base / setting.owner
         directory.mkdir(mode=0o700, exist_ok=True)
-        self._site = Site(setting, cgroup.detect(), Daemons(setting.owner), directory, Keeper.start())
+        nodes = _disk_nodes(directory, setting.disks)
+        self._site = Site(setting, cgroup.detect(), Daemons(setting.owner), directory, Keeper.start(), nodes)
         self._crew = Crew(self._site.keeper, self._pool.submit)
 
     def kind(self, plan: LaunchPlan) -> Kind:
@@ -71,6 +74,19 @@ class DockerLauncher:
         self._pool.shutdown(wait=True)
         self._crew.keeper.close()
         remove_tree(self._site.directory)
+
+
+def _disk_nodes(directory: Path, disks: Sequence[str]) -> tuple[str, ...]:
+    """Nodes of our own, outside of every gate: where /dev is not the host's, it has none of the host's disks.
+
+    Nobody opens them; the daemon asks for their numbers. `disks`: as "major:minor". Raises OSError.
+    """
+    found = []
+    for number in disks:
+        path = directory / f"disk-{number}"
+        os.mknod(path, 0o600 | stat.S_IFBLK, os.makedev(*map(int, number.split(":"))))
+        found.append(str(path))
+    return tuple(found)
 
 
 def _gates(state: Path) -> Path:

@@ -39,13 +39,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a supervisor's containers are made. `directory`: that of their gates, closed to others."""
+    """Where a supervisor's containers are made. `directory`: that of their gates, closed to others.
+
+    `disk_nodes`: a node of each of the host's disks, for a daemon that asks it for its number.
+    """
 
     setting: Setting
     layout: cgroup.Layout
     daemons: Daemons
     directory: Path
     keeper: Keeper
+    disk_nodes: tuple[str, ...] = ()
 
 
 class Making:
@@ -129,7 +133,7 @@ class Making:
             self._site.daemons.labels("call"),
             cgroup_parent=parent,
             volumes=tuple((image.get("Config") or {}).get("Volumes") or ()),
-            disks=tuple(map(_device_path, self._site.setting.disks)),
+            disks=self._site.disk_nodes,
         )
 
     def _complete_plan(self, image_id: str) -> LaunchPlan:
@@ -196,8 +200,3 @@ class Making:
 def _check_devices(engine: Engine, names: Sequence[str]) -> None:
     if why := refuse_devices(engine.info, names) if names else "":
         raise LaunchError(f"docker at {engine.address}: {why}", step="gpu", hint=_CDI_HINT)
-
-
-def _device_path(number: str) -> str:
-    """The node of a disk that is named by "major:minor"."""
-    return f"/dev/{os.path.basename(os.readlink(f'/sys/dev/block/{number}')).replace('!', '/')}"
