@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     except SandboxError as error:
         wire.send(control, {"ev": "failed", "type": type(error).__name__, "message": error.message, "hint": error.hint})
         return 1
+    finally:
+        control.close()
 
 
 async def _run(control: socket.socket, state: Path, zygote: Zygote) -> int:
