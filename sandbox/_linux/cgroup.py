@@ -349,12 +349,9 @@ def reap(prefix: str = PREFIX, layout: Layout | None = None) -> list[str]:
     """Kill and remove the trees that dead supervisors left; the paths removed. Touches nothing else."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)-(\d+)")
     reaped = []
-    starts: dict[str, str] = {}  # one owner has a group in each tree
     for path in _find(pattern, layout or detect()):
         match = pattern.fullmatch(os.path.basename(path))
-        if match and match[1] not in starts:
-            starts[match[1]] = _start_time(int(match[1]))
-        if match and starts[match[1]] != match[2] and _reap_one(path):
+        if match and _start_time(int(match[1])) != match[2] and _reap_one(path):
             reaped.append(path)
     return reaped
 
