@@ -78,7 +78,7 @@ def test_a_container_in_one_of_its_own_is_sealed(keeper: Keeper) -> None:
 def test_what_was_built_is_detached_when_the_supervisor_has_gone(
     keeper: Keeper, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    directory = tmp_path_factory.mktemp("gate") / "built"
+    directory = tmp_path_factory.mktemp("gate") / "built here"
     directory.mkdir()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
