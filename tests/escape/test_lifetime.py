@@ -63,7 +63,9 @@ def test_nothing_outlives_the_call(jail: Jail, marker: str, how: str) -> None:
 
 
 def test_an_orphan_may_live_as_long_as_the_call(jail: Jail) -> None:
-    outcome = jail.run(["sh", "-c", "(sleep 0.3; echo late > /tmp/late) & until [ -s /tmp/late ]; do sleep 0.1; done; cat /tmp/late"])
+    outcome = jail.run(
+        ["sh", "-c", "(sleep 0.3; echo late > /tmp/late) & until [ -s /tmp/late ]; do sleep 0.1; done; cat /tmp/late"]
+    )
     assert outcome.text == "late\n"
 
 
