@@ -37,7 +37,10 @@ def main(control_fd: int) -> None:
     poller = select.poll()
     poller.register(control, select.POLLIN)
     poller.register(wake_read, select.POLLIN)
-    wire.send(control, {"ev": "ready", "pid": os.getpid()})
+    try:
+        wire.send(control, {"ev": "ready", "pid": os.getpid()})
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the supervisor could not start, says why itself, and has closed its end before it is gone
     while True:
         ready = {fd for fd, _ in poller.poll()}
         if wake_read in ready:

@@ -21,6 +21,7 @@ import pytest
 
 from sandbox import ManifestError, Outcome, ProfileError, Sandbox, Unenforceable
 from sandbox.audit.store import iter_entries
+from sandbox.launchers.zygote import Zygote
 from tests.helpers.escape import TIME_FACTOR
 from tests.helpers.waiting import eventually
 
@@ -481,3 +482,10 @@ def test_the_record_says_what_ran_under_what_and_how_it_ended(box: Sandbox) -> N
     assert set(record["enforcement"]) >= {"memory", "pids", "cpus", "disk", "network", "filesystem", "syscalls"}
     assert record["principal"]["uid"] == os.getuid()
     assert [r for r in closed_records(box.state) if r["record_id"] == record["record_id"]] == [record]
+
+
+def test_a_zygote_whose_supervisor_did_not_come_up_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    zygote = Zygote.begin()
+    zygote._control.close()
+    assert zygote._process.wait(60) == 0
+    assert capfd.readouterr().err == ""
