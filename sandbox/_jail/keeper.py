@@ -7,6 +7,9 @@ To complete one, a child of the keeper enters the namespaces of the container, w
 the plan's steps there: private places, granted trees, denials, the sockets of the gateway. What is opened on the host
 is opened before it enters, without following links, and mounted from that very descriptor.
 
+A container that is still being made has no process to hold yet. Its gate's pipe is known, so its shell is turned away
+there when it comes.
+
 Where a container has a kernel of its own nobody can enter it. For such a one the same steps build the same places on
 the host, below one mount that no other mount namespace hears of, before its engine makes it and mounts them by path.
 Source: setns(2), pid_namespaces(7), pidfd_open(2).
@@ -22,6 +25,7 @@ import signal
 import socket
 import struct
 import termios
+import time
 
 from sandbox._jail import cover, egress, inside, places, trust, view
 from sandbox._jail.launch import Launch, report_failure
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 _NAMESPACES = (("net", syscalls.CLONE_NEWNET), ("pid", syscalls.CLONE_NEWPID), ("mnt", syscalls.CLONE_NEWNS))
 # The container's own tree, as seen by whoever has entered it; never empty, so that it can be opened.
 _ROOT = "/."
+# How long an engine may take to start what it was asked for just before the supervisor was gone.
+_LATE_S = 30.0
+_LOOK_S = 0.05
 # Python 3.11 has no names for them (asm-generic/ioctls.h): the lock of a new terminal's other end, and its number.
 _TIOCSPTLCK = 0x40045431
 _TIOCGPTN = 0x80045430
@@ -67,6 +74,7 @@ def main(control_fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     kept: dict[str, int] = {}
     built: dict[str, str] = {}
+    expected: dict[str, str] = {}
     wire.send(control, {"ev": "ready", "pid": os.getpid()})
     while True:
         try:
@@ -76,19 +84,45 @@ def main(control_fd: int) -> None:
         if message is None:
             break
         name = str(message["name"])
+        if message["op"] == "expect":
+            expected[name] = str(message["pipe"])
+            continue
         if message["op"] == "forget":
             built.pop(name, None)
+            expected.pop(name, None)
             if name in kept:
                 os.close(kept.pop(name))
             continue
         if message["op"] == "build":
             built[name] = str(message["built_at"])
         _take(control, message, fds, kept)
+        if name in kept:
+            expected.pop(name, None)
     for pidfd in kept.values():
         with contextlib.suppress(ProcessLookupError):
             syscalls.pidfd_kill(pidfd, signal.SIGKILL)
     for directory in built.values():
         mounts.detach_all(directory)
+    _turn_away(set(expected.values()))
+
+
+def _turn_away(pipes: set[str]) -> None:
+    """End the shells of containers that the engine starts only now: each reads the end of its pipe, and goes.
+
+    One that opened its pipe while the supervisor lived has read that end already, and is waited for in vain.
+    """
+    for _ in range(round(_LATE_S / _LOOK_S)):
+        for pipe in list(pipes):
+            try:
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    continue  # nobody waits there yet (fifo(7))
+            # Turned away, or the next supervisor has removed the gate, and the container with it.
+            pipes.discard(pipe)
+        if not pipes:
+            return
+        time.sleep(_LOOK_S)
 
 
 def _take(control: socket.socket, message: dict[str, object], fds: list[int], kept: dict[str, int]) -> None:

@@ -94,6 +94,8 @@ class Making:
         self.gate = self._make_gate()
         # Held open from here on: when we are gone, the waiting shell reads the end of it and goes too.
         self.pipes["go"] = self.gate.open_both("go")
+        # A shell that opens it only when we are gone would wait for ever.
+        self._site.keeper.expect(self.name, f"{self.gate.pipes}/go")
         wanted = self._wanted(image, self._make_group())
         self.details |= {"image_digest": image["Id"], "repo_digests": list(image.get("RepoDigests") or ())}
         if wanted.volumes:

@@ -61,6 +61,10 @@ class Keeper:
             os.close(plan_fd)
             os.close(empty)
 
+    def expect(self, name: str, pipe: str) -> None:
+        """A container is about to be made, whose first program will wait at `pipe`. Raises OSError when it is gone."""
+        wire.send(self._control, {"op": "expect", "name": name, "pipe": pipe, "fds": []})
+
     def forget(self, name: str) -> None:
         """Watch a container no longer."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

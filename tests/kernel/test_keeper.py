@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,22 @@ def test_what_was_built_is_detached_when_the_supervisor_has_gone(
     keeper.close()
     assert not os.path.ismount(directory)
     assert os.listdir(directory) == []
+
+
+def test_a_container_that_starts_when_the_supervisor_is_gone_is_turned_away_at_its_gate(
+    keeper: Keeper, tmp_path: Path
+) -> None:
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    for pipe in (known, unknown):
+        os.mkfifo(pipe)
+    keeper.expect("late", str(known))
+    keeper._control.close()
+    waiting = [subprocess.Popen(["sh", "-c", f"read -r _ < {pipe} || exit 125"]) for pipe in (known, unknown)]
+    try:
+        assert waiting[0].wait(30) == 125
+        assert keeper._process.wait(30) == 0
+        assert waiting[1].poll() is None, "the twin, of which the keeper was not told, waits on"
+    finally:
+        for process in waiting:
+            process.kill()
+            process.wait()
