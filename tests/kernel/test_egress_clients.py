@@ -49,7 +49,7 @@ asyncio.run(main())""",
     "websockets": """
 import sys
 from websockets.sync.client import connect
-with connect(sys.argv[1]) as ws:
+with connect(sys.argv[1], open_timeout=60) as ws:
     for n in range(100): ws.send(f"message {n}"); assert ws.recv() == f"message {n}"
     ws.send(b"x" * 900000); print(len(ws.recv()), "back")
 """,
