@@ -41,7 +41,7 @@ _NAMESPACES = (("net", syscalls.CLONE_NEWNET), ("pid", syscalls.CLONE_NEWPID), (
 _ROOT = "/."
 # How long an engine may take to start what it was asked for just before the supervisor was gone.
 _LATE_S = 30.0
-_LOOK_S = 0.05
+_LOOK_S = 0.25
 # Python 3.11 has no names for them (asm-generic/ioctls.h): the lock of a new terminal's other end, and its number.
 _TIOCSPTLCK = 0x40045431
 _TIOCGPTN = 0x80045430
@@ -107,21 +107,27 @@ def main(control_fd: int) -> None:
 
 
 def _turn_away(pipes: set[str]) -> None:
-    """End the shells of containers that the engine starts only now: each reads the end of its pipe, and goes.
+    """End the shells of containers that the engine starts only now: each meets a writer, reads the end, and goes.
 
-    One that opened its pipe while the supervisor lived has read that end already, and is waited for in vain.
+    The writer stays a moment, since gVisor looks every 100 ms whether there is one, and is away for one, since a reader
+    that finds the next one there has seen no end.
     """
-    for _ in range(round(_LATE_S / _LOOK_S)):
+    met: set[str] = set()
+    for _ in range(round(_LATE_S / (2 * _LOOK_S))):
+        held = []
         for pipe in list(pipes):
             try:
-                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                held.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                met.add(pipe)
             except OSError as error:
-                if error.errno == errno.ENXIO:
-                    continue  # nobody waits there yet (fifo(7))
-            # Turned away, or the next supervisor has removed the gate, and the container with it.
-            pipes.discard(pipe)
+                # ENXIO: nobody waits there (fifo(7)), not yet or no more. Else the next supervisor has removed it.
+                if error.errno != errno.ENXIO or pipe in met:
+                    pipes.discard(pipe)
         if not pipes:
             return
+        time.sleep(_LOOK_S)
+        for fd in held:
+            os.close(fd)
         time.sleep(_LOOK_S)
 
 
