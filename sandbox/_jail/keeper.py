@@ -101,9 +101,13 @@ def main(control_fd: int) -> None:
     for pidfd in kept.values():
         with contextlib.suppress(ProcessLookupError):
             syscalls.pidfd_kill(pidfd, signal.SIGKILL)
-    for directory in built.values():
-        mounts.detach_all(directory)
-    _turn_away(set(expected.values()))
+    with contextlib.ExitStack() as stack:
+        # Once more at the end: a child of ours may still be building at the first look. The end of us ends it.
+        for directory in built.values():
+            stack.callback(mounts.detach_all, directory)
+        stack.callback(_turn_away, set(expected.values()))
+        for directory in built.values():
+            stack.callback(mounts.detach_all, directory)
 
 
 def _turn_away(pipes: set[str]) -> None:
