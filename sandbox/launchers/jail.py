@@ -79,6 +79,8 @@ class Jail:
         # Removes its group once nothing is in it.
         self.bury: Callable[[cgroup.CallGroup], object] = cgroup.CallGroup.destroy
         self.is_killed = False
+        # Nothing of a runtime's lies between its first process and us.
+        self._is_native = False
         self._is_ending = False
         self.is_serving = False
         self.is_reaped = False
@@ -122,6 +124,7 @@ class Jail:
 
     def launch(self, zygote: Zygote, message: Mapping[str, object], plan: bytes, seccomp: bytes) -> None:
         """Have it built and sealed by a builder of its own. Raises OSError when the zygote is gone."""
+        self._is_native = True
         data_fds = {"plan": wire.memfd("plan", plan), "seccomp": wire.memfd("seccomp", seccomp)}
         try:
             clone_fd = self.group.fds_for_clone if self.group is not None else None
@@ -136,6 +139,7 @@ class Jail:
 
     def launch_from(self, template: Jail, index: int) -> None:
         """Have it forked from a template that serves. Raises OSError when the template is gone."""
+        self._is_native = True
         self._send(template.fork, {"op": "fork", "index": index}, {})
 
     def fork(self, message: Mapping[str, object], fds: Mapping[str, int]) -> None:
@@ -222,13 +226,13 @@ class Jail:
         if self.group is not None:
             self.group.kill(timeout_s=0)
 
-    def end_at_reply(self) -> dict[str, float | int]:
-        """End a function that has written its reply: its one process has nothing left to do.
+    def end_at_once(self) -> dict[str, float | int]:
+        """End a jail whose call is over: its first process has nothing left to do.
 
-        Its counters when it was the only task inside: then `gone` is set, though it may still be dying. Empty when
-        there were others, or when nobody counts: then `gone` comes when all of it is.
+        The call's counters when that was the only task inside: then `gone` is set, though it may still be dying. Empty
+        when there were others, or when nobody counts: then `gone` comes when all of it is.
         """
-        if self.usual is None or self.group is None or "pidfd" not in self.fds:
+        if not self._is_native or self.group is None or "pidfd" not in self.fds:
             return {}
         # First: a task with SIGKILL pending does not get back to its own code, so what is counted now is all.
         with contextlib.suppress(ProcessLookupError):

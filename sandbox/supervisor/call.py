@@ -49,8 +49,9 @@ class Call:
         self.exit: dict[str, Any] = {}
         self.exec_errno = 0
         self.exec_directory = ""
-        # A function's ending as its reply says it, and whether the jail was still dying when that was told.
+        # A function's ending as its reply says it.
         self.reply_status: int | None = None
+        # Whether the jail was still dying when the end was told.
         self.is_dying = False
         self.pumps: dict[str, OutputPump] = {}
         self.final_stats: dict[str, float | int] = {}
@@ -161,7 +162,7 @@ class Call:
             if not plan.tty and "stdin" not in ends:
                 ends["stdin"] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, ends["stdin"])
-            if "result" in self.pumps and not plan.gpu and plan.egress is None:
+            if "result" in self.pumps:
                 self.pumps["result"].on_done = self._on_reply
             self.jail.go(call, ends)
         if plan.tty and "terminal" in self.jail.fds:
@@ -170,11 +171,19 @@ class Call:
     def _on_reply(self) -> None:
         """The function has returned and closed its reply: that is its end, and there is nothing to wait for."""
         status = reply_status(self.pumps["result"].kept)
-        if self.stopped or status is None or self.jail.gone.is_set() or not isinstance(self.jail, Jail):
-            return
-        self.final_stats = self.jail.end_at_reply()
-        self.reply_status = status
+        # Only in a standby is the function the jail's first process.
+        if status is not None and isinstance(self.jail, Jail) and self.jail.usual is not None and self._end_at_once():
+            self.reply_status = status
+
+    def _end_at_once(self) -> bool:
+        """End the jail without waiting for its end, where nothing can come of it any more; whether that was so."""
+        if self.stopped or self.jail.gone.is_set() or not isinstance(self.jail, Jail):
+            return False
+        if self.plan.gpu or self.plan.egress is not None:
+            return False
+        self.final_stats = self.jail.end_at_once()
         self.is_dying = bool(self.final_stats)
+        return self.is_dying
 
     def _carry_terminal(self) -> None:
         master = self.jail.fds.pop("terminal")
@@ -191,7 +200,11 @@ class Call:
         elif message["ev"] == "exec_failed":
             self.exec_errno = message["errno"]
             self.exec_directory = message.get("directory", "")
-        elif message["ev"] == "exit" or (message["ev"] == "gone" and "user_s" in message):
+        elif message["ev"] == "exit":
+            # From pid 1, which has waited for the tool and does nothing more.
+            self.exit = message
+            self._end_at_once()
+        elif message["ev"] == "gone" and "user_s" in message:
             self.exit = message
 
     def signal(self, number: int) -> None:
@@ -265,7 +278,7 @@ class Call:
         for pump in self.pumps.values():
             if pump.drain():
                 continue
-            if self.is_dying:
+            if self.is_dying and not pump.forwards:
                 pump.abandon()
                 continue
             timeout_s = None if pump.forwards and not self.stopped else DRAIN_TIMEOUT_S

@@ -244,6 +244,47 @@ def test_a_function_that_leaves_others_behind_is_over_when_they_are(python: Sand
         assert eventually(lambda: not any(name in found for _, found, _ in os.walk("/sys/fs/cgroup")))
 
 
+def test_what_a_program_used_and_said_is_on_record_although_its_outcome_does_not_wait_for_pid_1(box: Sandbox) -> None:
+    code = "import sys; x = bytearray(24 << 20); x[::4096] = b'x' * len(x[::4096]); sum(range(2_000_000));"
+    code += "sys.stdout.buffer.write(b'y' * 3_000_001); sys.stderr.write('said')"
+    until_warm(lambda: box.run(["python3", "-c", "pass"]))
+    done = box.run(["python3", "-c", code])
+    assert (done.exit_code, len(done.stdout), done.stderr) == (0, 3_000_001, b"said")
+    usage = done.record.usage
+    assert usage.cpu_user_s > 0
+    assert usage.memory_peak_bytes > 24 << 20
+    killed = box.run(["sh", "-c", "kill -TERM $$"])
+    assert (killed.ending.kind, killed.ending.signal) == ("tool_error", 15)
+
+
+def test_a_reader_that_is_slow_gets_all_that_a_program_said_before_its_end(box: Sandbox) -> None:
+    read_end, write_end = os.pipe()
+    until_warm(lambda: box.run(["head", "--version"]))
+    count = 0
+    with box.passing(["head", "-c", "400000", "/dev/zero"], {"stdout_to": write_end}) as pending:
+        os.close(write_end)
+        # More than both pipes hold stays with the supervisor when the program is gone.
+        time.sleep(0.5)
+        while data := os.read(read_end, 30_000):
+            count += len(data)
+            time.sleep(0.01)
+        pending.take()
+    os.close(read_end)
+    assert count == 400_000
+
+
+def test_a_program_that_leaves_others_behind_is_over_when_they_are(box: Sandbox) -> None:
+    until_warm(lambda: box.run(["sh", "-c", "true"]))
+    started = time.monotonic()
+    done = box.run(["sh", "-c", "for i in 1 2 3; do setsid sleep 60 <&- >&- 2>&- & done; sleep 0.2"])
+    assert done.exit_code == 0
+    assert time.monotonic() - started < 30
+    if getattr(done.record.isolation, "cgroup", None) is not None:
+        assert done.record.usage.pids_peak >= 5
+        name = done.record.isolation.cgroup
+        assert eventually(lambda: not any(name in found for _, found, _ in os.walk("/sys/fs/cgroup")))
+
+
 # -- standbys --------------------------------------------------------------------------------------------------------
 
 
