@@ -15,7 +15,7 @@ from sandbox.launchers.contract import Setting
 from sandbox.launchers.jail import Jail
 from sandbox.launchers.zygote import Zygote
 from sandbox.plan import LaunchPlan
-from sandbox.seccomp import compile as seccomp_compile
+from sandbox.seccomp import shipped
 from sandbox.supervisor import maker
 
 
@@ -44,7 +44,7 @@ class Attending:
 
     def kind(self, plan: LaunchPlan) -> Kind:
         flavour = self._flavours[plan.isolation.get("runtime", "")]
-        program = seccomp_compile.program(plan.seccomp, cache_dir=self._setting.state / "cache")
+        program = shipped.program(plan.seccomp, self._setting.state / "cache")
         return Kind(maker.Kind(plan, program, self._setting.disks), attended.Kind(plan, flavour, program))
 
     def make(self, kind: Kind) -> Jail:

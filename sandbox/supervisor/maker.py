@@ -14,7 +14,7 @@ from sandbox.launchers.contract import Setting
 from sandbox.launchers.jail import Jail, mount_point
 from sandbox.launchers.zygote import Zygote
 from sandbox.plan import LaunchPlan
-from sandbox.seccomp import compile as seccomp_compile
+from sandbox.seccomp import shipped
 from sandbox.supervisor import identity
 from sandbox.supervisor.limits import cgroup_limits, io_devices
 
@@ -127,7 +127,7 @@ class Maker:
     def _filter(self, plan: LaunchPlan) -> bytes:
         key = json.dumps(plan.seccomp, sort_keys=True)
         if key not in self._filters:
-            self._filters[key] = seccomp_compile.program(plan.seccomp, cache_dir=self._state / "cache")
+            self._filters[key] = shipped.program(plan.seccomp, self._state / "cache")
         return self._filters[key]
 
     def close(self) -> None:
