@@ -46,8 +46,11 @@ def main(argv: list[str]) -> int:
     import asyncio
     import pathlib
 
+    from sandbox.supervisor.loop import Loop
+
     try:
-        return asyncio.run(_run(control, pathlib.Path(argv[1]), zygote))
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            return runner.run(_run(control, pathlib.Path(argv[1]), zygote))
     except SandboxError as error:
         wire.send(control, {"ev": "failed", "type": type(error).__name__, "message": error.message, "hint": error.hint})
         return 1
