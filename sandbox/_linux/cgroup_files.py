@@ -47,13 +47,12 @@ def read_text(path: str) -> str | None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    chunks = []
     try:
         # The kernel gives a control file in one piece when the buffer has room for more (kernfs, seq_file).
-        while chunk := os.read(fd, _READ_SIZE):
-            chunks.append(chunk)
-            if len(chunk) < _PIECE:
-                break
+        data = os.read(fd, _PIECE * 2)
+        if len(data) >= _PIECE:
+            while chunk := os.read(fd, _READ_SIZE):
+                data += chunk
     except OSError as err:
         # ENODEV: the group was removed after the open. ESRCH: the process of a /proc file ended after the open.
         # EOPNOTSUPP: the file has no meaning here (cgroup.procs of a threaded group).
@@ -62,7 +61,20 @@ def read_text(path: str) -> str | None:
         return None
     finally:
         os.close(fd)
-    return b"".join(chunks).decode(errors="replace")
+    return data.decode(errors="replace")
+
+
+def read_records(path: str) -> str:
+    """The whole text of a file of /proc; empty when it is not there.
+
+    The kernel hands such a file out record by record: before one that is longer than its buffer's rest it gives a short
+    piece, which a control file would end with.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def read_int(path: str) -> int | None:
@@ -76,12 +88,8 @@ def read_int(path: str) -> int | None:
 
 def read_keyed(path: str) -> dict[str, int]:
     """A flat keyed file (`memory.events`, `cpu.stat`) as numbers; empty when the file is missing."""
-    values = {}
-    for line in (read_text(path) or "").splitlines():
-        key, _, number = line.partition(" ")
-        if number.strip().isdigit():
-            values[key] = int(number)
-    return values
+    words = (read_text(path) or "").split()
+    return {key: int(number) for key, number in zip(words[::2], words[1::2], strict=False) if number.isdigit()}
 
 
 def read_words(path: str) -> frozenset[str]:

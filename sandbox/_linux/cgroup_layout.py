@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-from sandbox._linux.cgroup_files import read_pids, read_text, read_words
+from sandbox._linux.cgroup_files import read_pids, read_records, read_text, read_words
 
 # What a limit needs, by the v2 name; v1 calls io's controller blkio.
 CONTROLS = ("memory", "pids", "cpu", "io")
@@ -96,10 +96,10 @@ class Layout:
 
 def detect(proc: str = "/proc/self") -> Layout:
     """Read our place in every cgroup tree. `proc` may be another process's directory."""
-    paths = _own_paths(read_text(proc + "/cgroup") or "")
+    paths = _own_paths(read_records(proc + "/cgroup"))
     v1: dict[str, Hierarchy] = {}
     v2 = None
-    for fstype, dev, root, mount_point, controllers in _mounts(read_text(proc + "/mountinfo") or ""):
+    for fstype, dev, root, mount_point, controllers in _mounts(read_records(proc + "/mountinfo")):
         wanted = controllers & V1_CONTROLLERS
         if fstype == "cgroup2":
             key = ""

@@ -123,7 +123,6 @@ def stats(groups: dict[str, str]) -> dict[str, float | int]:
     sources: list[tuple[str, int | None]] = []
     if memory:
         sources += [
-            ("memory_current_bytes", read_int(memory + "/memory.usage_in_bytes")),
             ("memory_peak_bytes", read_int(memory + "/memory.max_usage_in_bytes")),
             # failcnt stays 0 when the charge was refused through the limit with swap; oom_kill is the proof.
             ("oom_kills", read_keyed(memory + "/memory.oom_control").get("oom_kill")),

@@ -127,7 +127,6 @@ def stats(group: str, elsewhere: Collection[str] = ()) -> dict[str, float | int]
     """
     found: dict[str, float | int] = {}
     if "memory" not in elsewhere:
-        _put(found, "memory_current_bytes", read_int(group + "/memory.current"))
         _put(found, "memory_peak_bytes", read_int(group + "/memory.peak"))
         events = read_keyed(group + "/memory.events")
         _put(found, "oom_kills", events.get("oom_kill"))

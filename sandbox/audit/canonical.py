@@ -37,7 +37,7 @@ _INVISIBLE = re.compile(
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 # Numbers that need a look: of more than 15 digits, whole ones with a point, with an exponent, and none at all. The
 # pattern may also fit text inside a string, which only costs the look.
-_ODD_NUMBER = re.compile(r"[:,\[]-?(?:[0-9]{16}|[0-9]+\.0[,}\]]|[0-9.]+e|NaN|Infinity)")
+_ODD_NUMBER = re.compile(r"[:,\[](?=[-0-9NI])-?(?:[0-9]{16}|[0-9]+\.0[,}\]]|[0-9.]+e|NaN|Infinity)")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -205,16 +205,10 @@ def _plain_text(value: Any, depth: int) -> str:
     """As `_walked_text`, by the C encoder alone; empty where only the walk can tell whether that is canonical."""
     if type(value) not in (dict, Settled):
         return ""
-    settled: dict[str, str] = {}
-    if depth == 0:
-        nonce, plain = os.urandom(16).hex(), dict(value)
-        for name, group in value.items():
-            if type(group) is Settled:
-                plain[name] = f"{nonce}{len(settled)}"
-                settled[plain[name]] = group.text
-        value = plain
+    settled = sorted(name for name, group in value.items() if type(group) is Settled) if depth == 0 else ()
+    nonce = os.urandom(16).hex() if settled else ""
     try:
-        text = _encoder.encode(value)
+        text = _encoder.encode({**value, **dict.fromkeys(settled, nonce)} if settled else value)
     except (TypeError, ValueError):
         return ""
     # An item takes two characters at least, so this bounds their number too; an opening bracket bounds the nesting.
@@ -223,9 +217,14 @@ def _plain_text(value: Any, depth: int) -> str:
         return ""
     if _ODD_NUMBER.search(text):
         return ""
-    for name, instead in settled.items():
-        text = text.replace(f'"{name}"', instead, 1)
-    return text
+    if not settled:
+        return text
+    # The encoder has sorted the keys as we did, so the gaps come in this order.
+    first, *others = text.split(f'"{nonce}"')
+    pieces = [first]
+    for name, after in zip(settled, others, strict=True):
+        pieces += value[name].text, after
+    return "".join(pieces)
 
 
 def _walked_text(value: Any, depth: int) -> str:

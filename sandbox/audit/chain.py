@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class Appended:
     line: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Position:
     """The end of a chain: what the next entry links to, and where in which segment it goes."""
 
@@ -48,7 +48,7 @@ class Position:
     hash: str
     segment_nr: int = 1
     size_bytes: int = 0
-    open_records: frozenset[str] = frozenset()
+    open_records: set[str] = field(default_factory=set)
 
 
 class Chain:
@@ -98,7 +98,7 @@ class Chain:
     @property
     def open_records(self) -> frozenset[str]:
         """Records with an opened entry and no closed one."""
-        return self._position.open_records
+        return frozenset(self._position.open_records)
 
     def append_opened(self, record: Mapping[str, Any], *, durability: Durability = "flush") -> Appended:
         return self.append("opened", record, durability=durability)
@@ -130,32 +130,41 @@ class Chain:
         closing = {str(record.get("record_id", "")): record for kind, record in entries if kind == "closed"}
         retried = (record for name, record in self._owed.items() if name not in closing)
         owed: list[tuple[EntryKind, Mapping[str, Any]]] = [("closed", record) for record in retried]
-        lines, appended, end = self._seal([*owed, *entries])
+        lines, appended, changed = self._seal([*owed, *entries])
+        at = self._position
         try:
             self._write(b"".join(lines))
         except OSError as err:
-            ended = {name: record for name, record in closing.items() if name in self._position.open_records}
+            ended = {name: record for name, record in closing.items() if name in at.open_records}
             if len(self._owed) + len(ended) <= OWED_MAX:
                 self._owed.update(ended)
             raise self._failed(err) from err
         self._owed.clear()
-        at = self._position
-        self._position = Position(end.seq, end.hash, at.segment_nr, at.size_bytes, end.open_records)
+        if appended:
+            at.seq, at.hash = appended[-1].seq, appended[-1].hash
+        for name, is_open in changed.items():
+            (at.open_records.add if is_open else at.open_records.discard)(name)
         return appended[len(owed) :]
 
-    def _seal(self, entries: list[tuple[EntryKind, Mapping[str, Any]]]) -> tuple[list[bytes], list[Appended], Position]:
-        """The lines of entries that would follow, and where the chain would end. Changes nothing."""
-        seq, head, still_open = self._position.seq, self._position.hash, set(self._position.open_records)
+    def _seal(
+        self, entries: list[tuple[EntryKind, Mapping[str, Any]]]
+    ) -> tuple[list[bytes], list[Appended], dict[str, bool]]:
+        """The lines of entries that would follow, and which records they open or close. Changes nothing."""
+        seq, head, already_open = self._position.seq, self._position.hash, self._position.open_records
         lines, appended = [], []
+        changed: dict[str, bool] = {}
         for kind, record in entries:
-            _check_pairing(kind, str(record.get("record_id", "")), still_open)
+            if kind != "notice":
+                name = str(record.get("record_id", ""))
+                _check_pairing(kind, name, is_open=changed.get(name, name in already_open))
+                changed[name] = kind == "opened"
             line, head = seal(record, kind, self.chain_id, seq + 1, head)
             if len(line) > ENTRY_MAX_BYTES:
                 raise AuditError(f"an entry of {len(line)} bytes is over the limit of {ENTRY_MAX_BYTES}")
             seq += 1
             lines.append(line)
             appended.append(Appended(seq, head, line))
-        return lines, appended, Position(seq, head, open_records=frozenset(still_open))
+        return lines, appended, changed
 
     def sync(self) -> None:
         """Return when everything appended before this call is on the disk; concurrent callers share one fdatasync.
@@ -222,8 +231,7 @@ class Chain:
             # A disk that fills up first gives a short write; only the next one says ENOSPC.
             rest = rest[os.write(self._segment_fd, rest) :]
         self._dirty = False
-        end = self._position
-        self._position = Position(end.seq, end.hash, end.segment_nr, end.size_bytes + len(data), end.open_records)
+        self._position.size_bytes += len(data)
 
     def _take_back(self) -> None:
         """Cut what a failed write left behind. Raises OSError; tried again before the next write."""
@@ -274,7 +282,7 @@ class Chain:
         os.fsync(self._dir_fd)
         os.close(self._segment_fd)
         self._segment_fd = fresh
-        self._position = Position(end.seq, end.hash, end.segment_nr + 1, 0, end.open_records)
+        end.segment_nr, end.size_bytes = end.segment_nr + 1, 0
 
     def _sync_directories(self) -> None:
         """A new file is only found again after a power cut when the directories that name it are on the disk."""
@@ -318,19 +326,13 @@ def make_private_dirs(state: Path) -> None:
             )
 
 
-def _check_pairing(kind: EntryKind, record_id: str, still_open: set[str]) -> None:
-    """Keep the promise of one closed entry per opened one; updates `still_open`."""
-    if kind == "notice":
-        return
+def _check_pairing(kind: EntryKind, record_id: str, *, is_open: bool) -> None:
+    """Keep the promise of one closed entry per opened one."""
     if not record_id:
         raise AuditError(f"an entry of kind {kind} needs a record_id")
-    if kind == "opened":
-        if record_id in still_open:
-            raise AuditError(f"record {record_id} is already open")
-        still_open.add(record_id)
-    elif record_id in still_open:
-        still_open.remove(record_id)
-    else:
+    if kind == "opened" and is_open:
+        raise AuditError(f"record {record_id} is already open")
+    if kind == "closed" and not is_open:
         raise AuditError(f"record {record_id} is not open: it was never opened, or is closed already")
 
 

@@ -9,6 +9,7 @@ captures them.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ _USAGE: Mapping[str, Any] = dict.fromkeys(
         "sources",
     )
 )
+_CONTEXT = ("why", "session", "trace_id", "span_id", "parent_record_id")
 _OUTPUT: Mapping[str, Any] = dict.fromkeys(
     ("stdout_sha256", "stderr_sha256", "result_sha256", "stdout_bytes", "stderr_bytes", "truncated")
 )
@@ -162,13 +164,7 @@ def opened_record(opening: Opening) -> dict[str, Any]:
         "record_id": opening.record_id,
         "call_id": opening.call_id,
         "attempt": opening.attempt,
-        "context": Settled(
-            why=_text(call.get("why")),
-            session=_name(call.get("session")),
-            trace_id=_name(call.get("trace_id")),
-            span_id=_name(call.get("span_id")),
-            parent_record_id=_name(call.get("parent_record_id")),
-        ),
+        "context": _context(*(call.get(name) for name in _CONTEXT)),
         "time": {"time_start": opening.time_start, "time_end": None, "duration_s": None},
         "agent": Settled({"name": _name(call.get("agent")), **_names(opening.agent)}),
         "principal": shared.principal,
@@ -238,6 +234,13 @@ def _names(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _captures(manifest: Mapping[str, Any]) -> frozenset[str]:
     return frozenset((manifest.get("audit") or {}).get("capture") or ())
+
+
+@functools.lru_cache(maxsize=256)
+def _context(*values: Any) -> Settled:
+    """Most calls of a caller have the same, mostly an empty one."""
+    texts = zip(_CONTEXT, values, strict=True)
+    return Settled({name: _text(value) if name == "why" else _name(value) for name, value in texts})
 
 
 def _tool(call: Mapping[str, Any], captures: frozenset[str]) -> dict[str, Any]:

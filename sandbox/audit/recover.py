@@ -105,7 +105,7 @@ class _Damaged(AuditError):
 def _close_lost(state: Path, chain_id: str, lock_fd: int, facts: RecoveryFacts) -> Recovered:
     """Does the work under the lock and releases it; when it raises, `lock_fd` is still the caller's."""
     scan = _scan(state / "chains" / chain_id, chain_id)
-    position = Position(scan.seq, scan.head, scan.segment_nr, scan.size_bytes, frozenset(scan.opened))
+    position = Position(scan.seq, scan.head, scan.segment_nr, scan.size_bytes, set(scan.opened))
     chain = Chain.resume(state, chain_id, position, lock_fd)
     try:
         if scan.torn:

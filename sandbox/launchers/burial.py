@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sandbox._linux import cgroup
 
 # Several at a time: waking a thread costs more than a removal.
-PAUSE_S = 0.01
+PAUSE_S = 0.05
 
 
 class Burial:

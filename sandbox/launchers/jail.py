@@ -151,15 +151,20 @@ class Jail:
     def _send(self, launch: _Launch, message: Mapping[str, object], fds: Mapping[str, int]) -> None:
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._status.setblocking(False)
-        with theirs, contextlib.ExitStack() as stack:
-            ends = dict(fds)
+        ends = dict(fds)
+        opened: list[int] = []
+        try:
             if self.group is not None:
-                for index, path in enumerate(self.group.procs_paths(cloned="cgroup" in fds)):
-                    ends[f"procs{index}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                    stack.callback(os.close, ends[f"procs{index}"])
+                for path in self.group.procs_paths(cloned="cgroup" in fds):
+                    opened.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+                    ends[f"procs{len(opened) - 1}"] = opened[-1]
             ends["status"] = theirs.fileno()
             self._loop.add_reader(self._status.fileno(), self._on_status)
             launch(message, ends)
+        finally:
+            theirs.close()
+            for fd in opened:
+                os.close(fd)
 
     def prepare(self) -> None:
         """Open what its call will need, before that comes: its streams, and word of running out of memory."""

@@ -137,36 +137,41 @@ class Call:
         """Make the pipes, hand their far ends over, keep ours."""
         if self.egress is not None:
             self.egress.attach(self.jail.fds, self.fds)
+        plan = self.plan
+        reads: dict[str, int] = {}
         ends: dict[str, int] = {}
-        with contextlib.ExitStack() as stack:
-            is_function = self.request is not None or "request" in self.fds
-            for name in ("stdout", "stderr", "result"):
-                if (name == "result" and not is_function) or (self.plan.tty and name != "result"):
-                    continue
-                read_end, far_end = self.jail.open_output(name)
-                if far_end >= 0:
-                    ends[name] = far_end
-                    stack.callback(os.close, far_end)
-                self.pumps[name] = OutputPump(self._loop, read_end, self._budget, self.fds.pop(f"{name}_to", -1))
-            for name in ("request", *(() if self.plan.tty else ("stdin",))):
-                if name in self.fds:
-                    ends[name] = self.fds.pop(name)
-                    stack.callback(os.close, ends[name])
-            plan = self.plan
-            call: dict[str, Any] = {"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}
+        try:
+            self._open_streams(reads, ends)
+            call: dict[str, Any] = {"argv": plan.argv, "env": plan.env, "cwd": plan.cwd}
             if self.request is not None and isinstance(self.jail, Jail) and self.jail.is_usual(call):
                 call["request"] = self.request
             elif self.request is not None:
                 ends["request"] = wire.read_only(wire.memfd("request", self.request))
-                stack.callback(os.close, ends["request"])
-            if not plan.tty and "stdin" not in ends:
-                ends["stdin"] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, ends["stdin"])
-            if "result" in self.pumps:
-                self.pumps["result"].on_done = self._on_reply
             self.jail.go(call, ends)
+        finally:
+            for fd in ends.values():
+                os.close(fd)
+            # Watched from now on: before the tool was told to go there was nothing to read.
+            for name, fd in reads.items():
+                self.pumps[name] = OutputPump(self._loop, fd, self._budget, self.fds.pop(f"{name}_to", -1))
+        if "result" in self.pumps and not plan.gpu and plan.egress is None:
+            self.pumps["result"].on_done = self._on_reply
         if plan.tty and "terminal" in self.jail.fds:
             self._carry_terminal()
+
+    def _open_streams(self, reads: dict[str, int], ends: dict[str, int]) -> None:
+        """Fill in the ends that we read, by stream, and those that go to the tool."""
+        has_terminal = self.plan.tty
+        is_function = self.request is not None or "request" in self.fds
+        for name in (*(() if has_terminal else ("stdout", "stderr")), *(("result",) if is_function else ())):
+            reads[name], far_end = self.jail.open_output(name)
+            if far_end >= 0:
+                ends[name] = far_end
+        for name in ("request",) if has_terminal else ("request", "stdin"):
+            if name in self.fds:
+                ends[name] = self.fds.pop(name)
+        if not has_terminal and "stdin" not in ends:
+            ends["stdin"] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def _on_reply(self) -> None:
         """The function has returned and closed its reply: that is its end, and there is nothing to wait for."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox._linux import wire
@@ -29,29 +29,28 @@ class Gathered:
 
 def closing(ending: Ending, started: float) -> Gathered:
     """The closing of a call that was never launched."""
-    return Gathered(
-        audit_record.Closing(
-            time_end=audit_record.rfc3339(time.time_ns()),
-            duration_s=time.monotonic() - started,
-            ending=ending.to_json(),
-        )
-    )
+    return Gathered(audit_record.Closing(**_when(started), ending=ending.to_json()))
+
+
+def _when(started: float) -> dict[str, Any]:
+    return {"time_end": audit_record.rfc3339(time.time_ns()), "duration_s": time.monotonic() - started}
 
 
 async def gather(
     ending: Ending, started: float, call: Call | None, work: Work, *, own_user_namespace: bool
 ) -> Gathered:
     """Counters, digests, files and changes of a call that is over."""
-    gathered = closing(ending, started)
     if call is None:
-        return gathered
+        return closing(ending, started)
+    when = _when(started)
+    sections: dict[str, bytes] = {}
     output: dict[str, Any] = {}
     for name, pump in call.pumps.items():
         key = "stdout" if name == "terminal" else name
         output[f"{key}_sha256"] = f"sha256:{pump.sha256}"
         output[f"{key}_bytes"] = pump.total_bytes
         output["truncated"] = bool(output.get("truncated")) or pump.truncated
-        gathered.sections[key] = bytes(pump.kept)
+        sections[key] = bytes(pump.kept)
     stats: dict[str, Any] = dict(call.final_stats or call.stats())
     gpu = await call.gpu.finish() if call.gpu is not None else {}
     stats["gpu"] = gpu.get("usage")
@@ -66,20 +65,16 @@ async def gather(
     except (OSError, SandboxError) as error:
         # The call is over and gets its record. It did not end well: what it left was not looked through.
         left = Left()
-        gathered.closing = replace(gathered.closing, ending=_unseen(ending, error).to_json())
+        ending = _unseen(ending, error)
     journal = await call.egress.finish(drain=not call.stopped) if call.egress is not None else None
     if journal is not None:
         stats.update({f"network_{name}": value for name, value in journal["totals"].items()})
-    captured = {name: bytes(data[: audit_record.CAPTURE_MAX_BYTES]) for name, data in gathered.sections.items()}
-    gathered.sections.update({f"file:{path}": data for path, data in left.collected.items()})
-    gathered.extra["changes"] = left.changes
-    gathered.extra["denials"] = [f"{item['subject']}: {item['reason']}" for item in left.decisions]
-    gathered.extra["denials"] += journal["denials"] if journal is not None else []
-    gathered.closing = replace(
-        gathered.closing,
+    closed = audit_record.Closing(
+        **when,
+        ending=ending.to_json(),
         usage=stats,
         output=output,
-        captured=captured,
+        captured={name: data[: audit_record.CAPTURE_MAX_BYTES] for name, data in sections.items()},
         isolation=isolation,
         network=journal["items"] if journal is not None else None,
         files=left.files,
@@ -87,7 +82,10 @@ async def gather(
         findings=gpu.get("findings", ()),
         enforcement=gpu.get("enforcement", {}),
     )
-    return gathered
+    sections.update({f"file:{path}": data for path, data in left.collected.items()})
+    denials = [f"{item['subject']}: {item['reason']}" for item in left.decisions]
+    denials += journal["denials"] if journal is not None else []
+    return Gathered(closed, sections, {"changes": left.changes, "denials": denials})
 
 
 def _unseen(ending: Ending, error: Exception) -> Ending:

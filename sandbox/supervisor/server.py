@@ -39,6 +39,8 @@ from sandbox.supervisor.pool import is_poolable
 from sandbox.supervisor.work import Work
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sandbox.launchers.contract import Container
     from sandbox.supervisor.egress import CallEgress, Egress
     from sandbox.supervisor.gpu_call import CallGpu
@@ -70,6 +72,8 @@ class Supervisor:
         # Plans and policies by the caller's names for them; it bounds how many there are.
         self._known: dict[tuple[str, str], Any] = {}
         self._commons: dict[tuple[Any, ...], audit_record.Common] = {}
+        # The plan of each kind's last call, with what is that call's own.
+        self._last_plans: dict[str, LaunchPlan] = {}
         # First come, first served: what exceeds it waits, with its record opened, and its wall time not begun.
         self._slots = asyncio.Semaphore(running_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         self._making = asyncio.Semaphore(MAKING_PER_CORE * (os.cpu_count() or 1))
@@ -238,7 +242,7 @@ class Supervisor:
         self, reply: socket.socket, ask: dict[str, Any], fds: dict[str, int], call_of: _Opened
     ) -> None:
         call_id, started, opened = call_of.call_id, call_of.started, call_of.record
-        plan = replace(ask["plan"], argv=tuple(ask["argv"]), env=ask["env"], cwd=ask["cwd"])
+        plan = self._plan_of(ask)
         work = Work(ask, plan, self.state, opened["record_id"])
         call: Call | None = None
         gpu: CallGpu | None = None
@@ -285,6 +289,14 @@ class Supervisor:
                     await call.jail.wait_dead()
                 call.jail.close()
 
+    def _plan_of(self, ask: dict[str, Any]) -> LaunchPlan:
+        """The plan of its kind with what is this call's own, which for a function is mostly what it was last time."""
+        plan, own = self._last_plans.get(ask["plan_id"]), (tuple(ask["argv"]), ask["env"], ask["cwd"])
+        if plan is None or (plan.argv, plan.env, plan.cwd) != own:
+            plan = replace(ask["plan"], argv=own[0], env=own[1], cwd=own[2])
+            self._last_plans[ask["plan_id"]] = plan
+        return plan
+
     def _gateways(self) -> Egress:
         # What speaks to them is loaded for calls with an allowlist alone.
         if self._egress is None:
@@ -293,7 +305,7 @@ class Supervisor:
             self._egress = Egress()
         return self._egress
 
-    def _call_egress(self, call: Call, policy: dict[str, Any]) -> CallEgress:
+    def _call_egress(self, call: Call, policy: Mapping[str, Any]) -> CallEgress:
         from sandbox.supervisor.egress import CallEgress
 
         return CallEgress(call.call_id, policy, self._gateways(), call.stop)
