@@ -10,14 +10,13 @@ It stays outside the jail, waits for pid 1, and says when the jail is gone.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 
 # All of it now: once the root has changed, nothing of ours can be found on disk any more.
 from sandbox._jail import pid1, view
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
 from sandbox._linux import process, syscalls, wire
+from sandbox._linux.bare import signal, suppress
 
 # The rest follows from inside, once pid 1 has mounted what only it can: see pid1.namespaces.
 FIRST_NAMESPACES = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWNS
@@ -119,7 +118,7 @@ def _attend(launch: Launch, pid: int, pidfd: int, release: int) -> None:
     os.close(pidfd)
     # The pipe's write end stays open: its end of file tells pid 1 that we are gone, should the death signal race.
     _, wait_status = os.waitpid(pid, 0)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with suppress(BrokenPipeError, ConnectionResetError):
         # Fails when the supervisor gave the jail up or is gone itself: then nobody is left to tell.
         wire.send(launch.status, {"ev": "gone", "wait_status": wait_status})
     os._exit(0)

@@ -10,11 +10,10 @@ port is refused by the kernel itself, and nobody sees the attempt.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import socket
 
 from sandbox._linux import netfilter, netlink, wire
+from sandbox._linux.bare import socket, suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def egress(launch: Launch, args: dict[str, Any]) -> None:
     """Route everything to `lo`, open the listeners, hand them out. `lo` is up already."""
     families = [socket.AF_INET]
     with netlink.open_socket(netlink.NETLINK_ROUTE) as sock:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             # Before Linux 5.19 there is no such size, and all goes in smaller pieces.
             netlink.request(sock, netlink.set_largest_segment(SEGMENT_BYTES), 1, "link")
         _route(sock, args["source_v4"])

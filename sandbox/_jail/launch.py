@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import socket
-
 from sandbox._linux import process, wire
+from sandbox._linux.bare import loads, socket, suppress
 from sandbox._linux.batch import Buffer, slot
 
 TYPE_CHECKING = False
@@ -26,7 +23,7 @@ class Launch:
         names = message["fds"]
         assert isinstance(names, list)
         self.fds: dict[str, int] = dict(zip(names, fds, strict=True))
-        self.plan = json.loads(wire.read_memfd(self.fds["plan"]))
+        self.plan = loads(wire.read_memfd(self.fds["plan"]))
         self.status = socket.socket(fileno=self.fds["status"])
         host_uid = message["host_uid"]
         # None: an ordinary user, who can map nothing but himself.
@@ -101,5 +98,5 @@ def report_failure(launch: Launch, error: Exception) -> None:
         "message": f"{type(error).__name__}: {error}" if is_bug else str(error),
         "bug": is_bug,
     }
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with suppress(BrokenPipeError, ConnectionResetError):
         wire.send(launch.status, message)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import resource
 import select
-import signal
-import termios
 
 from sandbox._jail import steps
 from sandbox._jail.launch import INSIDE_ID, report_failure
 from sandbox._linux import process, syscalls, wire
+from sandbox._linux.bare import loads, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +30,8 @@ EXTRA_FDS = (("request", 3), ("result", 4))
 # Above all of these, and no higher than need be: the tool's limit of open files, which may be 16, is ours by now.
 _FREE_FD = 5
 _STDIO_MAX = 2
+# <asm-generic/ioctls.h>. Module termios has it, and is a library to load for each zygote.
+_TIOCSCTTY = 0x540E
 # Signals whose handling this interpreter has changed; an ignored one would stay ignored across the exec.
 _OURS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
 
@@ -93,7 +93,7 @@ def park(launch: Launch) -> None:
     launch.fds.update(zip(names, fds, strict=True))
     if "call" in launch.fds:
         call_fd = launch.fds.pop("call")
-        launch.call = json.loads(wire.read_memfd(call_fd))
+        launch.call = loads(wire.read_memfd(call_fd))
         os.close(call_fd)
     else:
         launch.call = message["call"]  # type: ignore[assignment]
@@ -173,7 +173,7 @@ def _fork_on_terminal(launch: Launch) -> int:
     if pid == 0:
         try:
             os.setsid()
-            fcntl.ioctl(launch.fds["terminal"], termios.TIOCSCTTY, 0)
+            fcntl.ioctl(launch.fds["terminal"], _TIOCSCTTY, 0)
             for number in range(len(STANDARD_FDS)):
                 os.dup2(launch.fds["terminal"], number, inheritable=True)
             for number in _OURS:

@@ -11,7 +11,6 @@ import fcntl
 import os
 import resource
 import struct
-import termios
 
 from sandbox._jail import egress, places
 from sandbox._linux import landlock, mounts, process, seccomp, syscalls, wire
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     Step = Callable[[Launch, Batch, dict[str, Any]], None]
 
 _STDIO_MAX = 2
+# <asm-generic/ioctls.h>. Module termios has it, and is a library to load for each zygote.
+_TIOCSWINSZ = 0x5414
 CALL_NAMESPACES = syscalls.ALL_NAMESPACES & ~syscalls.CLONE_NEWPID
 _NO_DEV = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
 _GONE = (errno.ENOENT,)
@@ -119,7 +120,7 @@ def open_terminal(launch: Launch, batch: Batch, args: dict[str, Any]) -> None:
 def _open_terminal(launch: Launch, args: dict[str, Any]) -> None:
     master, slave = os.openpty()
     os.set_inheritable(slave, False)
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", args["rows"], args["columns"], 0, 0))
+    fcntl.ioctl(slave, _TIOCSWINSZ, struct.pack("HHHH", args["rows"], args["columns"], 0, 0))
     wire.send(launch.status, {"ev": "terminal", "fds": ["terminal"]}, [master])
     os.close(master)
     launch.fds["terminal"] = slave

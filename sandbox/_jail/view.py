@@ -7,14 +7,13 @@ that very descriptor. Source: mount_namespaces(7), pivot_root(2), overlayfs(5).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import signal
 import stat
 
 from sandbox._jail import cover, inside, places, trust
 from sandbox._linux import etc, mounts, syscalls
+from sandbox._linux.bare import signal, suppress
 from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
@@ -127,7 +126,7 @@ def workspace(launch: Launch, args: dict[str, Any]) -> None:
     finally:
         os.close(fd)
     if jail_path != "/workspace":
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             os.symlink(jail_path, f"{launch.root}/workspace")
 
 

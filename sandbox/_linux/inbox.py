@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import socket
 
 from sandbox._linux import syscalls, wire
+from sandbox._linux.bare import socket
 from sandbox._linux.batch import Batch, slot
 
 _FD_BYTES = ctypes.sizeof(ctypes.c_int)

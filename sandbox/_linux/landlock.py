@@ -11,9 +11,12 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterable
 
 from sandbox._linux.batch import Batch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # The same numbers on every architecture.
 _NR_CREATE_RULESET, _NR_ADD_RULE, _NR_RESTRICT_SELF = 444, 445, 446

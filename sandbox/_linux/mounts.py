@@ -7,12 +7,11 @@ Source: open_tree(2), mount_setattr(2) (Linux 5.12), move_mount(2), mount(2).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import re
 
 from sandbox._linux import syscalls
+from sandbox._linux.bare import suppress
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -41,8 +40,6 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
-
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -81,11 +78,16 @@ def unmount_detached(target: str) -> None:
 def detach_all(directory: str) -> None:
     """Detach every mount at or below `directory`, the last one first. Raises OSError when one of them stays."""
     with open("/proc/self/mountinfo", "rb") as file:
-        # Blanks and the like are written as octal numbers (proc(5)).
-        points = [_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in file]
-    for point in reversed([os.fsdecode(point) for point in points]):
+        points = [os.fsdecode(_unescaped(line.split()[4])) for line in file]
+    for point in reversed(points):
         if point == directory or point.startswith(f"{directory}/"):
             unmount_detached(point)
+
+
+def _unescaped(text: bytes) -> bytes:
+    """A path of /proc/self/mountinfo: blanks, backslashes and the like are written as three octal digits (proc(5))."""
+    first, *others = text.split(b"\\")
+    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in others)
 
 
 def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1, *, follow: bool = False) -> int:
@@ -99,7 +101,7 @@ def open_path(path: str, resolve: int = RESOLVE_NO_SYMLINKS, directory: int = -1
     at = directory if directory >= 0 else syscalls.AT_FDCWD
     arguments = (at, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
     for _ in range(_RACES_MAX):
-        with contextlib.suppress(BlockingIOError):
+        with suppress(BlockingIOError):
             return syscalls.call(f"openat2 {path}", syscalls.NR_OPENAT2, *arguments)
     return syscalls.call(f"openat2 {path}", syscalls.NR_OPENAT2, *arguments)
 

@@ -23,10 +23,10 @@ Source: net/netfilter/nft_tproxy.c, nft_log.c, nfnetlink_log.c, include/uapi/lin
 
 from __future__ import annotations
 
-import socket
 import struct
 
 from sandbox._linux import netlink
+from sandbox._linux.bare import socket
 
 _BATCH_BEGIN = 0x10
 _BATCH_END = 0x11

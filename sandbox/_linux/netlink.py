@@ -6,8 +6,9 @@ One socket, one sendmsg for a whole batch, one acknowledgement a message. Only w
 from __future__ import annotations
 
 import os
-import socket
 import struct
+
+from sandbox._linux.bare import Socket, socket
 
 NLM_F_REQUEST = 0x001
 NLM_F_ACK = 0x004
@@ -96,9 +97,9 @@ def request(sock: socket.socket, batch: bytes, answers: int, what: str) -> None:
         raise OSError(refusal, f"{what}: {os.strerror(refusal)}")
 
 
-def open_socket(protocol: int) -> socket.socket:
+def open_socket(protocol: int) -> Socket:
     """A bound netlink socket that gives up waiting after some seconds: the kernel answers at once or never."""
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    sock = Socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     sock.settimeout(10.0)
     sock.bind((0, 0))
     return sock

@@ -8,11 +8,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import signal
-import socket
 import struct
 
 from sandbox._linux import syscalls
+from sandbox._linux.bare import signal, socket
 from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False

@@ -5,16 +5,11 @@ Source: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
 
 from sandbox._linux.batch import Batch
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _NUMBERS = {"x86_64": 317, "aarch64": 277}
 
@@ -153,22 +148,6 @@ class _Version(ctypes.Structure):
     """struct scmp_version"""
 
     _fields_ = [(name, ctypes.c_uint) for name in ("major", "minor", "micro")]
-
-
-@contextlib.contextmanager
-def libraries_by_name() -> Iterator[None]:
-    """In here Python finds libseccomp by the name that the loader knows, where it finds none by itself.
-
-    It asks `ldconfig` or a compiler for the names of libraries, and small containers have neither.
-    """
-    import ctypes.util
-
-    ask = ctypes.util.find_library
-    ctypes.util.find_library = lambda name: ask(name) or ("libseccomp.so.2" if name == "seccomp" else None)
-    try:
-        yield
-    finally:
-        ctypes.util.find_library = ask
 
 
 def libseccomp_version() -> str:

@@ -6,17 +6,16 @@ Message boundaries are the kernel's, so there is no framing to get wrong; what i
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import socket
 import struct
+
+from sandbox._linux.bare import dumps, loads, socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 MESSAGE_MAX_BYTES = 128 * 1024
 # What is larger goes into a memory file.
 INLINE_MAX_BYTES = 32 * 1024
@@ -31,13 +30,13 @@ _ROOMS_MAX = 4
 
 def send(sock: socket.socket, message: dict[str, object], fds: Sequence[int] = ()) -> None:
     """Send one message. Raises OSError (EPIPE, ECONNRESET) when the other side is gone."""
-    send_encoded(sock, _encode(message).encode(), fds)
+    send_encoded(sock, dumps(message).encode(), fds)
 
 
 def send_encoded(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """As `send`, of a message that is bytes already."""
     if fds:
-        socket.send_fds(sock, [data], list(fds))
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))])
     else:
         sock.send(data)
 
@@ -47,7 +46,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
     data, fds = receive_encoded(sock)
     if not data:
         return None, []
-    message: dict[str, object] = json.loads(data)
+    message: dict[str, object] = loads(data)
     return message, fds
 
 
@@ -80,7 +79,7 @@ def send_with_parts(
     body = b"".join(parts.values())
     is_inline = len(body) <= INLINE_MAX_BYTES
     sizes = {name: len(data) for name, data in parts.items()}
-    head = _encode({**message, "parts": sizes, "inline": is_inline}).encode()
+    head = dumps({**message, "parts": sizes, "inline": is_inline}).encode()
     if is_inline:
         # JSON has no line break of its own.
         send_encoded(sock, head + b"\n" + body, fds)
@@ -98,7 +97,7 @@ def receive_with_parts(sock: socket.socket) -> tuple[dict[str, object] | None, d
     if not data:
         return None, {}, []
     head, _, body = data.partition(b"\n")
-    message: dict[str, Any] = json.loads(head)
+    message: dict[str, Any] = loads(head)
     sizes: dict[str, int] = message.pop("parts", {})
     if not message.pop("inline", True):
         fd = fds.pop()

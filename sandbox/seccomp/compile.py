@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox._linux import seccomp as linux_seccomp
+from sandbox._linux import seccomp_library
 from sandbox.errors import InternalError, LauncherUnavailable
 from sandbox.seccomp import bpf
 from sandbox.seccomp import policy as policies
@@ -106,7 +107,7 @@ def compile_policy(policy: Mapping[str, Any], arch: str) -> bytes:
 def _library() -> Any:
     """pyseccomp, which is untyped. Loading it runs `ldconfig`, so it waits until something is really compiled."""
     try:
-        with linux_seccomp.libraries_by_name():
+        with seccomp_library.by_name():
             import pyseccomp
     except ImportError as error:
         raise LauncherUnavailable(
