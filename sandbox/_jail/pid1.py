@@ -109,7 +109,7 @@ def _start_tool(launch: Launch) -> int:
     try:
         os.chdir(directory)
         directory = ""
-        pid = _fork_on_terminal(launch) if "terminal" in launch.fds else _spawn(launch)
+        pid = _fork_on_terminal(launch) if "terminal" in launch.fds else spawn(launch)
     except (OSError, ValueError) as error:
         # ValueError: a name or a text that the kernel never gets to see, such as an empty program.
         number = error.errno if isinstance(error, OSError) else errno.EINVAL
@@ -124,8 +124,8 @@ def _start_tool(launch: Launch) -> int:
     return pid
 
 
-def _spawn(launch: Launch) -> int:
-    """Start the tool by vfork, in which nothing of ours is copied."""
+def spawn(launch: Launch) -> int:
+    """Start the tool by vfork, in which nothing of ours is copied. Raises OSError when it cannot run, ValueError."""
     actions: list[tuple[int, int, int]] = []
     # First out of the way of the low numbers, so that no dup2 overwrites a source that is still needed.
     sources = [*((launch.fds[name], number) for number, name in enumerate(STANDARD_FDS))]

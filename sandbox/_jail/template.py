@@ -25,7 +25,7 @@ import warnings
 from sandbox._jail import function, pid1, places, rehearsal, steps
 from sandbox._jail.launch import INSIDE_ID, Launch, report_failure
 from sandbox._linux import mounts, pages, process, syscalls, wire
-from sandbox._linux.batch import Batch
+from sandbox._linux.batch import Batch, slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,7 +138,31 @@ class Prepared:
         settings = launch.plan["template"]
         self.steps = list(steps.make_ready(launch))
         self.seat = function.Seat(settings) if settings["function"] else None
-        self.copies = Batch()
+        # How a child begins, after so many groups that it joins.
+        self.pages = pages.Pages([], [])
+        self.beginnings: dict[int, Beginning] = {}
+
+    def beginning(self, fds: list[int]) -> Beginning:
+        """That of a child which joins the groups that `fds` are the tasks of."""
+        if len(fds) not in self.beginnings:
+            self.beginnings[len(fds)] = Beginning(len(fds), self.pages)
+        made = self.beginnings[len(fds)]
+        for place, fd in zip(made.group_fds, fds, strict=True):
+            place.value = fd
+        return made
+
+
+class Beginning:
+    """The first calls of a child: it joins the groups of its call, then has what it will need of our memory."""
+
+    def __init__(self, group_count: int, needed: pages.Pages) -> None:
+        self.group_fds = [slot() for _ in range(group_count)]
+        self.batch = Batch()
+        itself = self.batch.address(b"0")
+        for fd in self.group_fds:
+            self.batch.add("write of our pid into a group", syscalls.number("write"), fd, itself, 1)
+        # Only now: what is copied counts for the call.
+        needed.add_populate(self.batch)
 
 
 def _prepare(launch: Launch) -> Prepared:
@@ -148,19 +172,18 @@ def _prepare(launch: Launch) -> Prepared:
         rehearsal.rehearse_calls(function.Seat(launch.plan["template"]))
     prepared = Prepared(launch)
     _freeze()
-    if is_function:
 
-        def become_a_jail() -> None:
-            # Our own page table is shown to us only while we are dumpable (proc(5)).
-            process.set_dumpable(dumpable=True)
-            function.prepare()
-            rehearsal.rehearse(launch, rounds=1)
-
-        def take_a_call() -> None:
-            assert prepared.seat is not None
+    def be_a_jail() -> None:
+        _leave_template(prepared)
+        # Our own page table is shown to us only while we are dumpable (proc(5)).
+        process.set_dumpable(dumpable=True)
+        for _, batch in prepared.steps:
+            batch.rehearse()
+        rehearsal.rehearse(launch, rounds=1)
+        if prepared.seat is not None:
             rehearsal.rehearse_calls(prepared.seat, rounds=1)
 
-        pages.add_copies(prepared.copies, pages.written_after_fork(become_a_jail, take_a_call))
+    prepared.pages = pages.touched_after_fork(be_a_jail)
     return prepared
 
 
@@ -233,31 +256,37 @@ def _fork(launch: Launch, message: dict[str, Any], fds: list[int], own: tuple[Pr
     prepared, own_pid_namespace = own
     # The next child is the first process of a new pid namespace; afterwards our children are ours again.
     syscalls.unshare(syscalls.CLONE_NEWPID)
+    beginning = prepared.beginning(fds[:-1])
     pid = syscalls.fork()
     if pid == 0:
-        _become_jail(launch, fds, int(message["index"]), prepared)
+        _become_jail(launch, fds[-1], int(message["index"]), (prepared, beginning))
     syscalls.setns(own_pid_namespace, syscalls.CLONE_NEWPID)
     for fd in fds[:-1]:
         os.close(fd)
     return pid
 
 
-def _become_jail(launch: Launch, fds: list[int], index: int, prepared: Prepared) -> None:
+def _leave_template(prepared: Prepared) -> None:
+    """In the child: what a forked interpreter has to do before anything else."""
+    syscalls.after_fork_in_child()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if prepared.seat is not None:
+        function.prepare()
+
+
+def _become_jail(launch: Launch, status: int, index: int, ready: tuple[Prepared, Beginning]) -> None:
     """In the child: join the call's group, take an own uid, finish the jail, park, run. Does not return."""
+    prepared, beginning = ready
     try:
         launch.step = "join_cgroup"
-        launch.status.detach()
-        launch.status = socket.socket(fileno=fds[-1])
-        for fd in fds[:-1]:
-            os.write(fd, b"0")
-        # Only now: what is copied counts for the call.
-        prepared.copies.run()
-        syscalls.after_fork_in_child()
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if prepared.seat is not None:
-            function.prepare()
-        launch.fds = {"status": fds[-1]}
+        try:
+            beginning.batch.run()
+        finally:
+            launch.status.detach()
+            launch.status = socket.socket(fileno=status)
+        _leave_template(prepared)
+        launch.fds = {"status": status}
         # The supervisor gets it when we are sealed: from outside we have another pid.
         launch.out_fds = {"pidfd": os.pidfd_open(os.getpid())}
         launch.step = "map_ids"

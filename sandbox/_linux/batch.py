@@ -28,7 +28,10 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = (ctypes.c_long,) * _ARGUMENTS
-_OPEN_WRITE = os.O_WRONLY | os.O_CLOEXEC
+# labs(3): takes the same arguments to no effect.
+_idle = _libc.labs
+_idle.restype = ctypes.c_long
+_idle.argtypes = _syscall.argtypes
 
 
 def slot(value: int = -1) -> ctypes.c_long:
@@ -108,6 +111,15 @@ class Batch:
                 action = instead[code]
                 if action is not None:
                     action()
+
+    def rehearse(self) -> None:
+        """Touch what `run` touches and make none of the calls. Afterwards what goes `into` somewhere is wrong there."""
+        for args, into, _, _ in self._calls:
+            if args is None:
+                continue
+            result = _idle(*args)
+            if into is not None:
+                into.value = result
 
     # -- calls that several steps make ----------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
-"""Pages of the calling process that a fork shares and a child will write to: which they are, and copying them at once.
+"""Pages of the calling process that a fork shares: which of them will be written to, and copying those at once.
 
-The first write to a shared page costs a fault, in which the kernel copies it. Where it is known which pages will be
-written to, one madvise(2) for a run of them does the same without the faults, and at a time of our choosing.
-Source: madvise(2) MADV_POPULATE_WRITE (Linux 5.14), Documentation/admin-guide/mm/pagemap.rst.
+The first write to a shared page costs a fault, in which the kernel copies it; the first look at a page of a file costs
+one, too. Where it is known which pages will be needed, one call does the same for all of them in half of the
+time, and at a moment of our choosing. Source: madvise(2) MADV_POPULATE_WRITE (Linux 5.14), process_madvise(2),
+Documentation/admin-guide/mm/pagemap.rst, PIDFD_SELF in linux/pidfd.h (Linux 6.15).
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import struct
@@ -16,9 +18,14 @@ from sandbox._linux.batch import Batch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-_POPULATE_WRITE = 23
+    # (address, bytes)
+    Run = tuple[int, int]
+
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
+_PIDFD_SELF = -10001
+_RUNS_MAX = 1024  # IOV_MAX
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PRESENT, _SHARED, _EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56
 # Mappings beyond that are data of some library, of which little is touched.
@@ -28,72 +35,119 @@ _ENTRY_BYTES = 8
 _NO_MATTER = dict.fromkeys((errno.EINVAL, errno.ENOMEM, errno.EFAULT, errno.ENOSYS, errno.EPERM))
 
 
-def written_after_fork(before: Callable[[], object], act: Callable[[], object]) -> list[tuple[int, int]]:
-    """(address, bytes) of the runs of pages that `act` writes to in a forked child, and `before` does not.
+class Pages:
+    """What a process touches of what it shares with another: runs of pages that it writes to, or looks at in files."""
 
-    Empty where that cannot be told. Only for single-threaded processes. Raises OSError when there is no fork.
+    def __init__(self, written: list[Run], read: list[Run]) -> None:
+        self.written = written
+        self.read = read
+
+    def __repr__(self) -> str:
+        counts = [sum(size for _, size in runs) // _PAGE_BYTES for runs in (self.written, self.read)]
+        return f"<Pages written={counts[0]} read={counts[1]}>"
+
+    def add_populate(self, batch: Batch) -> None:
+        """Calls that make all of these the process's own, and present, now."""
+        at_once = _takes_many_at_once()
+        for runs, advice in ((self.written, _POPULATE_WRITE), (self.read, _POPULATE_READ)):
+            if at_once:
+                _add_many(batch, runs, advice)
+                continue
+            for address, size in runs:
+                batch.add("madvise", syscalls.number("madvise"), address, size, advice, instead=_NO_MATTER)
+
+
+def _add_many(batch: Batch, runs: list[Run], advice: int) -> None:
+    for first in range(0, len(runs), _RUNS_MAX):
+        some = runs[first : first + _RUNS_MAX]
+        vector = batch.address(struct.pack(f"={2 * len(some)}Q", *(number for run in some for number in run)))
+        args = (_PIDFD_SELF, vector, len(some), advice, 0)
+        batch.add("process_madvise", syscalls.NR_PROCESS_MADVISE, *args, instead=_NO_MATTER)
+
+
+def _takes_many_at_once() -> bool:
+    """Whether this kernel lets a process advise on many ranges of its own. Tried with a page that is there anyway."""
+    page = ctypes.create_string_buffer(2 * _PAGE_BYTES)
+    address = (ctypes.addressof(page) + _PAGE_BYTES - 1) // _PAGE_BYTES * _PAGE_BYTES
+    vector = (ctypes.c_uint64 * 2)(address, _PAGE_BYTES)
+    number = syscalls.NR_PROCESS_MADVISE
+    try:
+        return syscalls.call("process_madvise", number, _PIDFD_SELF, vector, 1, _POPULATE_WRITE, 0) == _PAGE_BYTES
+    except OSError:
+        return False
+
+
+def touched_after_fork(act: Callable[[], object]) -> Pages:
+    """What `act` touches in a forked child, in which it is called without Python's own acts after a fork.
+
+    None where that cannot be told. Only for single-threaded processes. Raises OSError when there is no fork.
     """
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        fields = [line.split(None, 2)[:2] for line in maps]
-    places = [tuple(int(text, 16) for text in addresses.split("-")) for addresses, access in fields if access == "rw-p"]
-    mappings = [(first, end) for first, end in places if end - first <= _MAPPING_MAX_BYTES]
+    mappings = _mappings()
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = syscalls.fork()
     if pid == 0:
-        _tell_pages((before, act), mappings, write_end)
+        _tell_pages(act, mappings, write_end)
     os.close(write_end)
     with open(read_end, "rb") as pipe:
         data = pipe.read()
     os.waitpid(pid, 0)
-    size = sum(end - first for first, end in mappings) // _PAGE_BYTES * _ENTRY_BYTES
-    if len(data) != 2 * size:
-        return []
-    runs: list[tuple[int, int]] = []
-    at = 0
-    for first, end in mappings:
-        count = (end - first) // _PAGE_BYTES
-        earlier, later = (struct.unpack_from(f"={count}Q", data, start + at) for start in (0, size))
-        runs += _runs(first, earlier, later)
-        at += count * _ENTRY_BYTES
-    return runs
+    return _pages(mappings, data)
 
 
-def _tell_pages(acts: Iterable[Callable[[], object]], mappings: list[tuple[int, int]], to_fd: int) -> None:
-    """In the child: after each act hand over our page table, making little of our own. Does not return."""
+def _mappings() -> list[tuple[int, int, bool]]:
+    """(first address, end, whether it may be written to) of private memory and of files of code."""
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            addresses, access, _, _, inode = line.split(None, 5)[:5]
+            first, end = (int(text, 16) for text in addresses.split("-"))
+            is_file = inode != "0"
+            if end - first <= _MAPPING_MAX_BYTES and (access == "rw-p" or (is_file and access in ("r--p", "r-xp"))):
+                found.append((first, end, access == "rw-p"))
+    return found
+
+
+def _tell_pages(act: Callable[[], object], mappings: list[tuple[int, int, bool]], to_fd: int) -> None:
+    """In the child: hand over our page table, making little of our own. Does not return."""
     try:
-        syscalls.after_fork_in_child()
-        for act in acts:
-            act()
-            pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            for first, end in mappings:
-                at, stop = (address // _PAGE_BYTES * _ENTRY_BYTES for address in (first, end))
-                while at < stop:
-                    at += os.write(to_fd, os.pread(pagemap, min(_PAGE_BYTES, stop - at), at) or b"\0" * 8)
-            os.close(pagemap)
+        act()
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        for first, end, _ in mappings:
+            at, stop = (address // _PAGE_BYTES * _ENTRY_BYTES for address in (first, end))
+            while at < stop:
+                at += os.write(to_fd, os.pread(pagemap, min(_PAGE_BYTES, stop - at), at) or b"\0" * 8)
         os._exit(0)
     finally:
         # Whatever failed, what was told is too short, and nothing is made of it.
         os._exit(1)
 
 
-def _runs(first: int, earlier: tuple[int, ...], later: tuple[int, ...]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for index, (before, after) in enumerate(zip(earlier, later, strict=True)):
-        if _is_own(after) and not _is_own(before):
-            address = first + index * _PAGE_BYTES
-            if runs and address == sum(runs[-1]):
-                runs[-1] = (runs[-1][0], runs[-1][1] + _PAGE_BYTES)
-            else:
-                runs.append((address, _PAGE_BYTES))
-    return runs
+def _pages(mappings: list[tuple[int, int, bool]], table: bytes) -> Pages:
+    pages = Pages([], [])
+    if len(table) != sum(end - first for first, end, _ in mappings) // _PAGE_BYTES * _ENTRY_BYTES:
+        return pages
+    at = 0
+    for first, end, is_writable in mappings:
+        count = (end - first) // _PAGE_BYTES
+        entries = struct.unpack_from(f"={count}Q", table, at)
+        at += count * _ENTRY_BYTES
+        if is_writable:
+            _add_runs(pages.written, first, [_is_own(entry) for entry in entries])
+        else:
+            _add_runs(pages.read, first, [bool(entry & _PRESENT) for entry in entries])
+    return pages
+
+
+def _add_runs(runs: list[Run], first: int, is_touched: list[bool]) -> None:
+    for index, touched in enumerate(is_touched):
+        if not touched:
+            continue
+        address = first + index * _PAGE_BYTES
+        if runs and address == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + _PAGE_BYTES)
+        else:
+            runs.append((address, _PAGE_BYTES))
 
 
 def _is_own(entry: int) -> bool:
     return bool(entry & _PRESENT and entry & _EXCLUSIVE and not entry & _SHARED)
-
-
-def add_copies(batch: Batch, runs: list[tuple[int, int]]) -> None:
-    """Calls that make these pages the process's own now."""
-    number = syscalls.number("madvise")
-    for address, size in runs:
-        batch.add("madvise", number, address, size, _POPULATE_WRITE, instead=_NO_MATTER)

@@ -176,19 +176,24 @@ class Call:
     def _on_reply(self) -> None:
         """The function has returned and closed its reply: that is its end, and there is nothing to wait for."""
         status = reply_status(self.pumps["result"].kept)
+        if status is None or not isinstance(self.jail, Jail) or not self._may_end_at_once():
+            return
+        # First: where others are inside, the kill is all that the kernel will say of its end.
+        self.reply_status = status
         # Only in a standby is the function the jail's first process.
-        if status is not None and isinstance(self.jail, Jail) and self.jail.usual is not None and self._end_at_once():
-            self.reply_status = status
+        if self.jail.usual is not None:
+            self._end_at_once()
 
-    def _end_at_once(self) -> bool:
-        """End the jail without waiting for its end, where nothing can come of it any more; whether that was so."""
-        if self.stopped or self.jail.gone.is_set() or not isinstance(self.jail, Jail):
-            return False
-        if self.plan.gpu or self.plan.egress is not None:
-            return False
+    def _may_end_at_once(self) -> bool:
+        is_over = bool(self.stopped) or self.jail.gone.is_set()
+        # A gateway and a GPU have to be asked what they saw first.
+        return not is_over and not self.plan.gpu and self.plan.egress is None
+
+    def _end_at_once(self) -> None:
+        """End the jail; where nothing can come of it any more, without waiting for its end."""
+        assert isinstance(self.jail, Jail)
         self.final_stats = self.jail.end_at_once()
         self.is_dying = bool(self.final_stats)
-        return self.is_dying
 
     def _carry_terminal(self) -> None:
         master = self.jail.fds.pop("terminal")
@@ -208,7 +213,8 @@ class Call:
         elif message["ev"] == "exit":
             # From pid 1, which has waited for the tool and does nothing more.
             self.exit = message
-            self._end_at_once()
+            if isinstance(self.jail, Jail) and self._may_end_at_once():
+                self._end_at_once()
         elif message["ev"] == "gone" and "user_s" in message:
             self.exit = message
 
