@@ -57,6 +57,14 @@ class Slots:
         self._waiting: deque[Callable[[], object]] = deque()
         self._lock = threading.Lock()
 
+    def take_free(self) -> bool:
+        """Whether a slot was free, and is ours now."""
+        with self._lock:
+            if self._free > 0:
+                self._free -= 1
+                return True
+            return False
+
     def take(self, when_ours: Callable[[], object]) -> bool:
         """Whether a slot is ours now; if not, `when_ours` is called, from any thread, once it is."""
         with self._lock:
@@ -68,13 +76,14 @@ class Slots:
 
     def wait(self) -> Ticket:
         """Take a slot, waiting for it in this thread."""
-        ours = threading.Event()
-        if not self.take(ours.set):
-            try:
-                ours.wait()
-            except BaseException:
-                self.forget(ours.set)
-                raise
+        if not self.take_free():
+            ours = threading.Event()
+            if not self.take(ours.set):
+                try:
+                    ours.wait()
+                except BaseException:
+                    self.forget(ours.set)
+                    raise
         return Ticket(self)
 
     def forget(self, when_ours: Callable[[], object]) -> None:
@@ -188,6 +197,8 @@ class Link:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | Forked | None = None
         self._control: socket.socket | None = None
+        # Of `_control`. Used under the lock alone.
+        self._hangup = select.poll()
         self._facts_json = b""
         self._facts: tuple[bytes, HostFacts] | None = None
         self._in_scope = False
@@ -214,6 +225,8 @@ class Link:
                 self._in_scope = bool(prefix)
                 self._process = self._forked(theirs) if forked and not prefix else self._executed(theirs, prefix)
             self._control = ours
+            self._hangup = select.poll()
+            self._hangup.register(ours, 0)
 
     def _executed(self, control: socket.socket, prefix: list[str]) -> subprocess.Popen[bytes]:
         argv = [sys.executable, "-I", "-c", _BOOT, str(control.fileno()), self.state]
@@ -240,9 +253,7 @@ class Link:
         if self._process is None or self._process.poll() is not None:
             return False
         assert self._control is not None
-        poll = select.poll()
-        poll.register(self._control, 0)
-        if not poll.poll(0):
+        if not self._hangup.poll(0):
             return True
         self._end(self._process)
         return False

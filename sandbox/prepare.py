@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,16 +149,15 @@ def function_files() -> tuple[tuple[str, str], ...]:
     return (*ours, (pickle_dir, f"{SITE}/cloudpickle"))
 
 
-def function_spec(spec: CallSpec, encoded: EncodedCall, *, capture_arguments: bool) -> CallSpec:
-    """The call of a function as the program that runs it: the caller's interpreter with our runner."""
-    return replace(
-        spec,
-        argv=(sys.executable, "-I", f"{LIB}/sandbox/_jail/runner.py", REQUEST_FD, RESULT_FD),
-        module=encoded.module,
-        source_sha256=encoded.source_sha256,
-        arguments_sha256=encoded.arguments_sha256,
-        arguments=encoded.arguments_json.decode() if capture_arguments else None,
-    )
+def function_fields(encoded: EncodedCall, *, capture_arguments: bool) -> dict[str, Any]:
+    """What makes the spec of a program that of a function: the caller's interpreter runs it with our runner."""
+    return {
+        "argv": (sys.executable, "-I", f"{LIB}/sandbox/_jail/runner.py", REQUEST_FD, RESULT_FD),
+        "module": encoded.module,
+        "source_sha256": encoded.source_sha256,
+        "arguments_sha256": encoded.arguments_sha256,
+        "arguments": encoded.arguments_json.decode() if capture_arguments else None,
+    }
 
 
 def preload_modules(func: Callable[..., Any], importable: Callable[[str], bool]) -> tuple[str, ...]:
@@ -210,5 +209,5 @@ def call_data(spec: CallSpec) -> dict[str, Any]:
     """The call as plain data for the supervisor."""
     # Not dataclasses.asdict, which copies all that it passes on.
     data = {name: getattr(spec, name) for name in CallSpec.__slots__}
-    data["workspace"] = asdict(spec.workspace)
+    data["workspace"] = {name: getattr(spec.workspace, name) for name in Workspace.__slots__}
     return data

@@ -44,7 +44,9 @@ def allowed_variables(names: Iterable[str], source: Mapping[str, str]) -> dict[s
     exact = set(names)
     starts = tuple(name[:-1] for name in exact if name.endswith("*"))
     if not starts:
-        return {name: source[name] for name in sorted(exact) if name in source}
+        # One look for each: os.environ makes an exception of every name that it does not have.
+        found = ((name, source.get(name)) for name in sorted(exact))
+        return {name: value for name, value in found if value is not None}
     return {name: value for name, value in source.items() if name in exact or name.startswith(starts)}
 
 

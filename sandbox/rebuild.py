@@ -57,6 +57,8 @@ def return_annotation(func: Callable[..., Any]) -> Any:
         annotation = func.__annotations__.get("return", Any)
     except NameError as error:  # annotations are evaluated on access since Python 3.14
         return Unresolved("its return annotation", str(error))
+    if annotation is Any:
+        return Any
     if annotation is None:
         return type(None)
     holder = types.SimpleNamespace(__annotations__={"return": annotation})

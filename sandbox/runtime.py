@@ -128,7 +128,7 @@ class Sandbox:
     def plan(self, argv: Sequence[str], **overrides: Any) -> LaunchPlan:
         """The plan that `run` would carry out. Raises Unenforceable when this host cannot hold it."""
         job = self._program(argv, overrides=overrides)
-        return self._decide(job)[0]
+        return self._decide(job, self._live_link().facts())[0]
 
     def run(
         self,
@@ -255,23 +255,21 @@ class Sandbox:
         encoded = encode_call(func, args, kwargs, importable=_importable(tuple(granted)))
         spec = CallSpec(
             kind="function",
-            argv=(),
             tool=func.__qualname__,
             workspace=prepare.workspace(manifest),
             preload=_preload(func, tuple(granted)),
+            **prepare.function_fields(encoded, capture_arguments="args" in manifest.audit.capture),
             **_context_fields(context or current_context()),
         )
-        spec = prepare.function_spec(spec, encoded, capture_arguments="args" in manifest.audit.capture)
         request = encoded.request(sys_path=[prepare.SITE, *granted])
         return Job(spec, self._resolved, {}, request=request, annotation=return_annotation(func))
 
-    def _decide(self, job: Job) -> tuple[LaunchPlan, tuple[str, dict[str, Any]]]:
+    def _decide(self, job: Job, facts: HostFacts) -> tuple[LaunchPlan, tuple[str, dict[str, Any]]]:
         """The plan, and the part of it that is common to all calls of its kind with a name for that."""
         from sandbox import prepare
         from sandbox.planner import decide
 
         spec = job.spec
-        facts = self._live_link().facts()
         key = self._plan_key(job, facts)
         cached = self._plans.get(key) if key is not None else None
         if cached is None or cached[0] is not facts:
@@ -282,7 +280,8 @@ class Sandbox:
                 if len(self._plans) > PLANS_MAX:
                     self._plans.clear()
                 self._plans[key] = cached
-        return replace(cached[1], argv=spec.argv), cached[2]
+        plan = cached[1]
+        return plan if plan.argv == spec.argv else replace(plan, argv=spec.argv), cached[2]
 
     def _plan_key(self, job: Job, facts: HostFacts) -> Any:
         """What makes two calls' plans the same but for argv; None where the host's files decide, each time anew."""
@@ -325,7 +324,8 @@ class Sandbox:
         from sandbox import prepare
 
         link = self._live_link()
-        link.facts()  # a supervisor that died is started anew here, before anything is left out that it has not had
+        # A supervisor that died is started anew here, before anything is left out that it has not had.
+        facts = link.facts()
         ask: dict[str, Any] = {
             "call": prepare.call_data(job.spec),
             "principal": prepare_places.principal(os.getpid()),
@@ -334,7 +334,7 @@ class Sandbox:
         policy = functools.partial(prepare.policy, job.resolved)
         link.include(ask, "policy", f"{job.resolved.profile} {job.resolved.digest}", policy)
         try:
-            plan, common = self._decide(job)
+            plan, common = self._decide(job, facts)
             ask |= {"argv": plan.argv, "env": dict(plan.env), "cwd": plan.cwd}
             link.include(ask, "plan", common[0], lambda: common[1])
         except Unenforceable as refusal:
@@ -474,16 +474,16 @@ async def _readable(pending: Pending) -> dict[str, Any]:
 
 def outcome_of(job: Job, message: Mapping[str, Any]) -> Outcome:
     """As `program_outcome`, with what a function returned."""
-    outcome = program_outcome(message)
-    reply = message["sections"].get("result", b"")
-    if job.request is None or outcome.ending.kind not in ("ok", "tool_error") or (not reply and not outcome.ok):
-        return outcome
+    kind, reply = message["ending"]["kind"], message["sections"].get("result", b"")
+    if job.request is None or kind not in ("ok", "tool_error") or (not reply and kind != "ok"):
+        return program_outcome(message)
     from sandbox.codec import decode_reply
 
     try:
-        return replace(outcome, value=decode_reply(reply, job.annotation))
+        return program_outcome(message, value=decode_reply(reply, job.annotation))
     except ToolFailed as error:
         # The ending stays what the processes did; the function's own failure is the tool's.
+        outcome = program_outcome(message)
         ending = replace(outcome.ending, kind="tool_error", error_type=error.type_name, message=error.message)
         failed = replace(outcome, ending=ending, error=error)
         error.record, error.outcome = outcome.record, failed

@@ -25,7 +25,7 @@ def answer(box: Sandbox, *, tty: bool) -> dict[str, Any] | None:
     if box._lookups or not _is_lasting(resolved):
         return None
     try:
-        plan, (plan_id, common) = box._decide(job)
+        plan, (plan_id, common) = box._decide(job, facts)
     except Unenforceable:
         return None
     if plan.launcher != "jail" or plan.gpu is not None:

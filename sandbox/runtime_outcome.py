@@ -10,12 +10,16 @@ from sandbox.audit.view import Record
 from sandbox.outcome import Ending, Outcome
 
 
-def program_outcome(message: Mapping[str, Any]) -> Outcome:
-    """Build the outcome from what the supervisor sent: bytes and JSON, nothing that could run."""
+def program_outcome(message: Mapping[str, Any], *, value: Any = None) -> Outcome:
+    """Build the outcome from what the supervisor sent: bytes and JSON, nothing that could run.
+
+    `value`: what a function returned, decoded.
+    """
     sections = message["sections"]
     return Outcome(
         ending=Ending(**{name: message["ending"][name] for name in Ending.__slots__}),
         record=Record.of_line(sections["record"]),
+        value=value,
         stdout=sections.get("stdout", b""),
         stderr=sections.get("stderr", b""),
         files={name.removeprefix("file:"): data for name, data in sections.items() if name.startswith("file:")},

@@ -21,6 +21,8 @@ MESSAGE_MAX_BYTES = 128 * 1024
 INLINE_MAX_BYTES = 32 * 1024
 FDS_MAX = 32
 _FD_BYTES = struct.calcsize("=i")
+# As numbers: each operation on the enumeration's members makes another of them.
+_CUT_OFF = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _CONTROL_BYTES = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
 # Room for messages that nobody is receiving into: to map, clear and unmap it each time takes ten times as long as the
 # message. Whoever waits has taken his, so threads and signal handlers do not meet in one.
@@ -65,7 +67,7 @@ def receive_encoded(sock: socket.socket) -> tuple[bytes, list[int]]:
         if len(_rooms) < _ROOMS_MAX:
             _rooms.append(room)
     fds = [fd for item in control for fd in _descriptors(*item)]
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & _CUT_OFF:
         for fd in fds:
             os.close(fd)
         raise OSError(90, "recvmsg: message truncated")
