@@ -43,16 +43,16 @@ def run(launch: Launch, release: int) -> None:
         launch.out_fds = {}  # what the builder made, it hands over itself
         launch.take_ready(steps.make_ready(launch))
         park(launch)
-        run_program(launch)
+        run_program(launch, waits=True)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
         os._exit(1)
 
 
-def run_program(launch: Launch) -> None:
-    """Start the tool and stay until it has ended. Does not return."""
+def run_program(launch: Launch, *, waits: bool = False) -> None:
+    """Start the tool and stay until it has ended, or, if it `waits`, until we are killed. Does not return."""
     launch.step = "exec"
-    _attend(launch, _start_tool(launch))
+    _attend(launch, _start_tool(launch), waits=waits)
 
 
 def wait_for_release(launch: Launch, release: int) -> None:
@@ -195,8 +195,12 @@ def _fork_on_terminal(launch: Launch) -> int:
     return pid
 
 
-def _attend(launch: Launch, tool_pid: int) -> None:
-    """Reap orphans and pass signals on until the tool itself has ended; then report and end the jail."""
+def _attend(launch: Launch, tool_pid: int, *, waits: bool) -> None:
+    """Reap orphans and pass signals on until the tool itself has ended; then report, and end the jail.
+
+    `waits`: leave that to the supervisor. It can then tell the call's end first; taking us and our namespaces down
+    would compete with it for the core. When it closes the channel we end in any case.
+    """
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
@@ -204,34 +208,41 @@ def _attend(launch: Launch, tool_pid: int) -> None:
     poller = select.poll()
     poller.register(wake_read, select.POLLIN)
     poller.register(launch.status, select.POLLIN)
-    while True:
-        _reap(launch, tool_pid)
+    while not _reap(launch, tool_pid):
         ready = {fd for fd, _ in poller.poll()}
         if wake_read in ready:
             os.read(wake_read, 4096)
         if launch.status.fileno() in ready:
             _obey(launch, tool_pid)
+    while waits and wire.receive(launch.status)[0] is not None:
+        pass
+    os._exit(0)
 
 
-def _reap(launch: Launch, tool_pid: int) -> None:
+def _reap(launch: Launch, tool_pid: int) -> bool:
+    """Wait for all that have ended; whether the tool is among them, which is told when nobody is left to wait for."""
+    tool_status: int | None = None
     while True:
         try:
             pid, wait_status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return
+            break
         if pid == 0:
-            return
+            break
         if pid == tool_pid:
-            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-            message = {
-                "ev": "exit",
-                "wait_status": wait_status,
-                "user_s": usage.ru_utime,
-                "system_s": usage.ru_stime,
-                "maxrss_bytes": usage.ru_maxrss * 1024,
-            }
-            wire.send(launch.status, message)
-            os._exit(0)
+            tool_status = wait_status
+    if tool_status is None:
+        return False
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    message: dict[str, object] = {
+        "ev": "exit",
+        "wait_status": tool_status,
+        "user_s": usage.ru_utime,
+        "system_s": usage.ru_stime,
+        "maxrss_bytes": usage.ru_maxrss * 1024,
+    }
+    wire.send(launch.status, message)
+    return True
 
 
 def _obey(launch: Launch, tool_pid: int) -> None:

@@ -302,7 +302,7 @@ def _become_jail(launch: Launch, status: int, index: int, ready: tuple[Prepared,
             pid1.tell_sealed(launch)
             function.run(launch, prepared.seat)
         pid1.park(launch)
-        pid1.run_program(launch)
+        pid1.run_program(launch, waits=True)
     except Exception as error:  # noqa: BLE001 - it is reported, and ends the jail
         report_failure(launch, error)
     os._exit(1)

@@ -231,23 +231,47 @@ class Jail:
         if self.group is not None:
             self.group.kill(timeout_s=0)
 
-    def end_at_once(self) -> dict[str, float | int]:
-        """End a jail whose call is over: its first process has nothing left to do.
+    def end_at_reply(self) -> dict[str, float | int]:
+        """End a function that has written its reply: its one process has nothing left to do.
 
-        The call's counters when that was the only task inside: then `gone` is set, though it may still be dying. Empty
-        when there were others, or when nobody counts: then `gone` comes when all of it is.
+        Its counters when it was the only task inside: then `gone` is set, though it may still be dying. Empty when
+        there were others, or when nobody counts: then `gone` comes when all of it is.
         """
-        if not self._is_native or self.group is None or "pidfd" not in self.fds:
+        if self.usual is None or self.group is None or "pidfd" not in self.fds:
             return {}
         # First: a task with SIGKILL pending does not get back to its own code, so what is counted now is all.
-        with contextlib.suppress(ProcessLookupError):
-            syscalls.pidfd_kill(self.fds["pidfd"], signal.SIGKILL)
-        stats = self.group.stats()
-        if stats.get("pids_current", 2) > 1 or not stats.keys() >= _COUNTED:
-            return {}
-        self._is_ending = True
-        self._end()
+        self._kill_first()
+        stats = self._stats_of_one()
+        if stats:
+            self._is_ending = True
+            self._end()
         return stats
+
+    def end_at_exit(self, *, may_be_all: bool) -> dict[str, float | int]:
+        """As `end_at_reply`, when pid 1 has waited for the tool, and now waits for us.
+
+        It is ours and does nothing more, so it is killed only when somebody waits for its death, which is after the
+        outcome was told. If this may not be all that is to be known (not `may_be_all`), then it is killed at once.
+        """
+        if not self._is_native:
+            return {}
+        stats = self._stats_of_one() if may_be_all and self.group is not None else {}
+        if stats:
+            self._end()
+        else:
+            self._kill_first()
+        return stats
+
+    def _kill_first(self) -> None:
+        if "pidfd" in self.fds:
+            with contextlib.suppress(ProcessLookupError):
+                syscalls.pidfd_kill(self.fds["pidfd"], signal.SIGKILL)
+
+    def _stats_of_one(self) -> dict[str, float | int]:
+        """The group's counters if one task is left in it and all are counted, else nothing."""
+        assert self.group is not None
+        stats = self.group.stats()
+        return stats if stats.get("pids_current", 2) <= 1 and stats.keys() >= _COUNTED else {}
 
     def _on_status(self) -> None:
         assert self._status is not None

@@ -180,20 +180,20 @@ class Call:
             return
         # First: where others are inside, the kill is all that the kernel will say of its end.
         self.reply_status = status
-        # Only in a standby is the function the jail's first process.
-        if self.jail.usual is not None:
-            self._end_at_once()
+        self.final_stats = self.jail.end_at_reply()
+        self.is_dying = bool(self.final_stats)
+
+    def _on_exit(self, message: dict[str, Any]) -> None:
+        """pid 1 has waited for the tool: nothing but pid 1 itself has to be left."""
+        self.exit = message
+        if isinstance(self.jail, Jail) and not self.jail.gone.is_set():
+            self.final_stats = self.jail.end_at_exit(may_be_all=self._may_end_at_once())
+            self.is_dying = bool(self.final_stats)
 
     def _may_end_at_once(self) -> bool:
         is_over = bool(self.stopped) or self.jail.gone.is_set()
         # A gateway and a GPU have to be asked what they saw first.
         return not is_over and not self.plan.gpu and self.plan.egress is None
-
-    def _end_at_once(self) -> None:
-        """End the jail; where nothing can come of it any more, without waiting for its end."""
-        assert isinstance(self.jail, Jail)
-        self.final_stats = self.jail.end_at_once()
-        self.is_dying = bool(self.final_stats)
 
     def _carry_terminal(self) -> None:
         master = self.jail.fds.pop("terminal")
@@ -211,10 +211,7 @@ class Call:
             self.exec_errno = message["errno"]
             self.exec_directory = message.get("directory", "")
         elif message["ev"] == "exit":
-            # From pid 1, which has waited for the tool and does nothing more.
-            self.exit = message
-            if isinstance(self.jail, Jail) and self._may_end_at_once():
-                self._end_at_once()
+            self._on_exit(message)
         elif message["ev"] == "gone" and "user_s" in message:
             self.exit = message
 
