@@ -13,7 +13,6 @@ import os
 import resource
 import select
 import socket
-import subprocess
 import sys
 import threading
 from collections import deque
@@ -21,16 +20,17 @@ from collections.abc import Callable, Mapping
 
 from sandbox import errors
 from sandbox._linux import wire
+from sandbox._linux.child import Child
 from sandbox.errors import CallLost, InternalError, LauncherUnavailable, SandboxError
 
 # Not from typing: a command line that starts us loads nothing that it does not need.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    import subprocess
     from typing import Any
 
     from sandbox.host import HostFacts
-    from sandbox.link_fork import Forked
 
 # The package comes from where the caller has it, not from another copy on the interpreter's own path. The caller's
 # search path comes after the isolated interpreter's: what we need may be where only it points.
@@ -195,7 +195,7 @@ class Link:
         self.users = 0
         self.slots = Slots(slot_count())
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | Forked | None = None
+        self._process: subprocess.Popen[bytes] | Child | None = None
         self._control: socket.socket | None = None
         # Of `_control`. Used under the lock alone.
         self._hangup = select.poll()
@@ -229,6 +229,8 @@ class Link:
             self._hangup.register(ours, 0)
 
     def _executed(self, control: socket.socket, prefix: list[str]) -> subprocess.Popen[bytes]:
+        import subprocess
+
         argv = [sys.executable, "-I", "-c", _BOOT, str(control.fileno()), self.state]
         argv += [PACKAGE_ROOT, *(path for path in sys.path if os.path.isabs(path))]
         return subprocess.Popen(
@@ -241,7 +243,7 @@ class Link:
             start_new_session=True,
         )
 
-    def _forked(self, control: socket.socket) -> subprocess.Popen[bytes] | Forked:
+    def _forked(self, control: socket.socket) -> subprocess.Popen[bytes] | Child:
         from sandbox import link_fork
 
         if not link_fork.is_possible():
@@ -356,11 +358,9 @@ class Link:
             self._end(process)
 
     @staticmethod
-    def _end(process: subprocess.Popen[bytes] | Forked) -> None:
+    def _end(process: subprocess.Popen[bytes] | Child) -> None:
         """Wait for a supervisor whose channel is closed."""
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if not _ends_in_time(process):
             process.kill()
             process.wait()
 
@@ -381,6 +381,22 @@ class Link:
             self._control.close()
         self._control, self._process, self._facts_json, self._facts = None, None, b"", None
         self._told.clear()
+
+
+def _ends_in_time(process: subprocess.Popen[bytes] | Child) -> bool:
+    if isinstance(process, Child):
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except TimeoutError:
+            return False
+        return True
+    import subprocess
+
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _environment(*, for_systemd: bool) -> dict[str, str]:

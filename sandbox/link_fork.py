@@ -9,10 +9,10 @@ zygote is executed in any case), and the text that ps(1) shows.
 from __future__ import annotations
 
 import os
-import select
-import subprocess
 import sys
 import threading
+
+from sandbox._linux.child import Child
 
 TYPE_CHECKING = False
 
@@ -22,50 +22,16 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 
-class Forked:
-    """A child of ours, with as much of `subprocess.Popen` as a link needs."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Raises subprocess.TimeoutExpired."""
-        if self.returncode is None:
-            pidfd = os.pidfd_open(self.pid)
-            try:
-                poll = select.poll()
-                poll.register(pidfd, select.POLLIN)
-                if not poll.poll(None if timeout is None else timeout * 1000):
-                    raise subprocess.TimeoutExpired("supervisor", timeout or 0.0)
-            finally:
-                os.close(pidfd)
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-    def kill(self) -> None:
-        # Nobody else waits for it: as long as it has not been waited for its pid is its own.
-        if self.returncode is None:
-            os.kill(self.pid, 9)
-
-
 def is_possible() -> bool:
     """Whether this process may be copied, and an executed interpreter would read names of files as this one does."""
     return threading.active_count() == 1 and sys.getfilesystemencoding() == "utf-8" and sys.gettrace() is None
 
 
-def start(control: socket.socket, state: str, environment: Mapping[str, str]) -> Forked:
+def start(control: socket.socket, state: str, environment: Mapping[str, str]) -> Child:
     """Fork the supervisor, which serves on `control`. Precondition: `is_possible`. Raises OSError."""
     pid = os.fork()
     if pid:
-        return Forked(pid)
+        return Child(pid)
     try:
         _serve(control.detach(), state, environment)
     except BaseException:  # noqa: BLE001 - told; the frames above are the command line's, which are not ours to return to

@@ -6,7 +6,6 @@ Loads next to nothing: a call with a kept plan needs no more than this of the ca
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -66,8 +65,17 @@ def terminal_size() -> tuple[int, int]:
 @functools.cache
 def principal(pid: int) -> dict[str, Any]:
     """Who asks: the user of this process."""
+    return {"user": _user(), "uid": os.getuid(), "pid": pid}
+
+
+def _user() -> str:
+    """As getpass.getuser, which loads what reads passwords from a terminal. Empty for a uid without a name."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        if name := os.environ.get(variable):
+            return name
+    import pwd
+
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = ""
-    return {"user": user, "uid": os.getuid(), "pid": pid}
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return ""

@@ -27,6 +27,7 @@ def main(control_fd: int) -> None:
         os._exit(0)
     control = socket.socket(fileno=control_fd)
     os.umask(0o022)
+    os.chdir("/")
     scheduling.take_turns(scheduling.USUAL_NS)
     _take_back_ignored_signals()
     # Its children live for milliseconds; a collection in one of them would only copy pages that they share.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,6 +77,9 @@ def probe_apart() -> HostFacts:
 
     Raises RuntimeError with its output when that process fails.
     """
+    # Not above: a supervisor comes through here, and starts no program so.
+    import subprocess
+
     package_root = str(Path(__file__).resolve().parents[2])
     plain = [sys.executable, "-I", "-c", _APART, package_root]
     prefix = delegation_prefix()

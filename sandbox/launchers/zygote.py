@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Mapping
 
 from sandbox._linux import wire
+from sandbox._linux.child import Child, spawn
 from sandbox.errors import LauncherUnavailable
 
-_BOOT = "import sys; sys.path.append(sys.argv[2]); from sandbox._jail.zygote import main; main(int(sys.argv[1]))"
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_BOOT = "import sys; sys.path.append(sys.argv[1]); from sandbox._jail.zygote import main; main(int(sys.argv[2]))"
 READY_TIMEOUT_S = 30.0
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -19,7 +23,7 @@ PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(
 class Zygote:
     """The zygote process of one supervisor. Started from the loop's own thread, which its death signal follows."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
+    def __init__(self, process: Child, control: socket.socket) -> None:
         self._process = process
         self._control = control
 
@@ -32,15 +36,8 @@ class Zygote:
         """Exec a fresh, isolated interpreter (no site, no environment). It serves once `wait_ready` has come back."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), PACKAGE_ROOT]
-            process = subprocess.Popen(
-                argv,
-                env={"LD_BIND_NOW": "1"},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            argv = [sys.executable, "-I", "-S", "-c", _BOOT, PACKAGE_ROOT]
+            process = spawn(argv, {"LD_BIND_NOW": "1"}, theirs.fileno())
         return cls(process, ours)
 
     def wait_ready(self) -> None:
@@ -74,6 +71,6 @@ class Zygote:
         self._control.close()
         try:
             self._process.wait(5)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             self._process.kill()
             self._process.wait()

@@ -61,5 +61,5 @@ def host_uids() -> Iterator[int] | None:
 def _chosen_range() -> tuple[int, int] | None:
     if os.geteuid() != 0:
         return None
-    with open("/proc/self/uid_map", encoding="ascii") as file:
+    with open("/proc/self/uid_map", encoding="utf-8") as file:
         return choose_range(mapped_ranges(file.read()))

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
-# Used when something has gone wrong, for TLS in asyncio's own streams, or to make an URI of a path. By module: the
-# functions that are looked up in it when they are loaded.
-_LATER: dict[str, tuple[str, ...]] = {
-    "inspect": (),
-    "linecache": (),
-    "traceback": ("extract_stack",),
-    "asyncio.sslproto": (),
-    "asyncio.staggered": (),
-    "urllib.parse": ("quote_from_bytes",),
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any
+
+
+class _Logger:
+    """A logger that is made when somebody has something to say, but for what nobody hears as long as there is none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module("logging").getLogger(self._name), name)
+
+    def debug(self, *args: Any, **given: Any) -> None:
+        if "logging" in sys.modules:
+            import_module("logging").getLogger(self._name).debug(*args, **given)
+
+
+# Used when something has gone wrong, to start programs, for TLS in asyncio's own streams, or to make an URI of a path.
+# By module: what is looked up in it when they are loaded, functions by name and values.
+_LATER: dict[str, tuple[tuple[str, ...], Mapping[str, object]]] = {
+    "inspect": ((), {}),
+    "linecache": ((), {}),
+    "logging": ((), {"getLogger": _Logger, "DEBUG": 10}),
+    "ntpath": ((), {}),
+    "subprocess": ((), {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3}),
+    "traceback": (("extract_stack",), {}),
+    "asyncio.sslproto": ((), {}),
+    "asyncio.staggered": ((), {}),
+    "urllib.parse": (("quote_from_bytes",), {}),
 }
 
 
@@ -41,11 +63,13 @@ class _Later(ModuleType):
 
 
 @contextmanager
-def _stood_for(modules: dict[str, tuple[str, ...]]) -> Iterator[None]:
+def _stood_for(modules: Mapping[str, tuple[tuple[str, ...], Mapping[str, object]]]) -> Iterator[None]:
     stands = {name: _Later(name) for name in modules if name not in sys.modules}
     for name, stand in stands.items():
-        for function in modules[name]:
+        functions, values = modules[name]
+        for function in functions:
             stand.stand_in(function)
+        vars(stand).update(values)
     sys.modules.update(stands)
     try:
         yield

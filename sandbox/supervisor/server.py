@@ -86,7 +86,7 @@ class Supervisor:
         self.host = {
             "id": os.uname().nodename,
             "kernel": os.uname().release,
-            "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip(),
             "node": None,
         }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import link_fork
-from sandbox.link_fork import Forked
+from sandbox._linux.child import Child
 
 ROOT = Path(__file__).parents[2]
 # Starts a supervisor as the command line does, and says what has become of it.
@@ -66,16 +66,16 @@ def test_a_forked_supervisor_is_as_an_executed_one(tmp_path: Path) -> None:
         return found
 
     forked, executed = start("fork"), start("exec")
-    assert (forked.pop("kind"), executed.pop("kind")) == ("Forked", "Popen")
+    assert (forked.pop("kind"), executed.pop("kind")) == ("Child", "Popen")
     forked["command"], executed["command"] = (str(found["command"]).split("\0")[:5] for found in (forked, executed))
     assert forked == executed
 
 
-def child(code: int) -> Forked:
+def child(code: int) -> Child:
     pid = os.fork()
     if pid == 0:
         signal.pause() if code < 0 else os._exit(code)
-    return Forked(pid)
+    return Child(pid)
 
 
 def test_its_end_is_waited_for_once() -> None:
@@ -87,7 +87,7 @@ def test_its_end_is_waited_for_once() -> None:
 def test_one_that_stays_is_killed() -> None:
     process = child(-1)
     assert process.poll() is None
-    with pytest.raises(subprocess.TimeoutExpired):
+    with pytest.raises(TimeoutError):
         process.wait(0.01)
     process.kill()
     assert process.wait(20) == -signal.SIGKILL

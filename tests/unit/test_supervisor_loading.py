@@ -8,7 +8,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_LOADED = ["ssl", "inspect", "ast", "traceback", "asyncio.sslproto", "urllib.parse"]
+NOT_LOADED = [
+    "ssl",
+    "inspect",
+    "ast",
+    "traceback",
+    "asyncio.sslproto",
+    "urllib.parse",
+    "logging",
+    "subprocess",
+    "ntpath",
+]
 _START = f"""
 import json, sys
 sys.path.append({str(ROOT)!r})
@@ -39,6 +49,31 @@ print(json.dumps([inspect.isfunction(loading.load), hasattr(ssl, "SSLContext"),
     hasattr(asyncio.sslproto, "SSLProtocol"), asyncio.sslproto is sys.modules["asyncio.sslproto"]]))
 """)
     assert asked == [True, True, True, True, True]
+
+
+def test_a_logger_is_the_real_one_for_whoever_listens() -> None:
+    found, told = run("""
+import asyncio.log
+asyncio.log.logger.debug("nobody hears this")
+early = "logging" in sys.modules
+import logging
+logging.basicConfig(level=logging.DEBUG, format="heard %(levelname)s %(name)s: %(message)s")
+asyncio.log.logger.debug("this and %s", "that")
+asyncio.log.logger.warning("more")
+print(json.dumps([early, asyncio.log.logger.isEnabledFor(logging.DEBUG)]))
+""")
+    assert found == [False, True]
+    assert told.splitlines() == ["heard DEBUG asyncio: this and that", "heard WARNING asyncio: more"]
+
+
+def test_a_program_can_be_started_later() -> None:
+    found, _ = run("""
+async def main():
+    process = await asyncio.create_subprocess_exec("true", stdout=asyncio.subprocess.PIPE)
+    return await process.wait()
+print(json.dumps(asyncio.run(main())))
+""")
+    assert found == 0
 
 
 def test_asyncio_tells_of_a_task_that_failed_as_ever() -> None:
