@@ -61,7 +61,7 @@ class CallGroup:
         self.name = name
         self.v2 = v2
         self.v1 = v1
-        self._v2_fd: int | None = cgroup_v2.open_directory(v2) if v2 else None
+        self._v2_fd: int | None = None
         self._oom_fd: int | None = None
 
     def __repr__(self) -> str:
@@ -70,6 +70,8 @@ class CallGroup:
     @property
     def fds_for_clone(self) -> int | None:
         """The directory descriptor for CLONE_INTO_CGROUP, ours until `destroy`; None without a unified tree."""
+        if self._v2_fd is None and self.v2:
+            self._v2_fd = cgroup_v2.open_directory(self.v2)
         return self._v2_fd
 
     def procs_paths(self, *, cloned: bool = False) -> list[str]:

@@ -11,6 +11,7 @@ Not defended against: a reader that prints decoded text without `visible`.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -39,6 +40,12 @@ _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys
 # pattern may also fit text inside a string, which only costs the look.
 _ODD_NUMBER = re.compile(r"[:,\[](?=[-0-9NI])-?(?:[0-9]{16}|[0-9]+\.0[,}\]]|[0-9.]+e|NaN|Infinity)")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+@functools.cache
+def unwritten() -> str:
+    """Text that no data holds, for what is put in later: random, and it never leaves this process."""
+    return os.urandom(16).hex()
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -101,7 +108,7 @@ class _Cleaner:
     def __init__(self, *, stand_ins: bool = False) -> None:
         self.ascii_keys = True
         self.texts: dict[str, str] = {}
-        self._nonce = os.urandom(16).hex() if stand_ins else ""
+        self._nonce = unwritten() if stand_ins else ""
 
     def walk(self, value: Any, depth: int) -> Any:
         kind = type(value)
@@ -206,7 +213,7 @@ def _plain_text(value: Any, depth: int) -> str:
     if type(value) not in (dict, Settled):
         return ""
     settled = sorted(name for name, group in value.items() if type(group) is Settled) if depth == 0 else ()
-    nonce = os.urandom(16).hex() if settled else ""
+    nonce = unwritten() if settled else ""
     try:
         text = _encoder.encode({**value, **dict.fromkeys(settled, nonce)} if settled else value)
     except (TypeError, ValueError):

@@ -7,13 +7,12 @@ hash are all inside what is hashed. Pure; `docs/record.md` describes the format 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Literal
 
-from sandbox.audit.canonical import encode
+from sandbox.audit.canonical import encode, unwritten
 
 SCHEMA = "sandbox.audit/v1"
 ALG = "sha256"
@@ -42,9 +41,9 @@ def entry_hash(entry: Mapping[str, Any]) -> str:
 
 def seal(record: Mapping[str, Any], kind: EntryKind, chain_id: str, seq: int, prev_hash: str) -> tuple[bytes, str]:
     """One line (with its newline) and its hash, for `record` as entry `seq` of the chain."""
-    # The data is walked and encoded once: with a random stand-in for the hash, which is then cut out for hashing
-    # and replaced for storing. Random, because the record holds data of the tool's choosing.
-    stand_in = os.urandom(32).hex().encode()
+    # The data is walked and encoded once: with a stand-in for the hash, which is then cut out for hashing and replaced
+    # for storing. One that nobody knows, because the record holds data of the tool's choosing.
+    stand_in = f"{unwritten()}-hash".encode()
     integrity = {"alg": ALG, "chain": chain_id, "hash": stand_in.decode(), "prev_hash": prev_hash, "seq": seq}
     body = encode({**record, "schema": SCHEMA, "entry": kind, "integrity": integrity})
     head, tail = body.split(stand_in)

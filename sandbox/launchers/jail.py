@@ -335,6 +335,9 @@ class Jail:
         elif "pidfd" in self.fds:
             if not self._is_ending:
                 self.kill()
+            if self._status is not None:
+                # What it still has to say is read below: until then it need not wake us.
+                self._loop.remove_reader(self._status.fileno())
             await wait_readable(self._loop, self.fds["pidfd"], DEATH_TIMEOUT_S)
         elif self.group is not None:
             self.group.kill()

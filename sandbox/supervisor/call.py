@@ -156,6 +156,7 @@ class Call:
                 self.pumps[name] = OutputPump(self._loop, fd, self._budget, self.fds.pop(f"{name}_to", -1))
         if "result" in self.pumps and not plan.gpu and plan.egress is None:
             self.pumps["result"].on_done = self._on_reply
+            self.pumps["result"].is_whole = reply_is_whole
         if plan.tty and "terminal" in self.jail.fds:
             self._carry_terminal()
 
@@ -174,7 +175,7 @@ class Call:
             ends["stdin"] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def _on_reply(self) -> None:
-        """The function has returned and closed its reply: that is its end, and there is nothing to wait for."""
+        """The function has written its reply: that is its end, and there is nothing to wait for."""
         status = reply_status(self.pumps["result"].kept)
         if status is None or not isinstance(self.jail, Jail) or not self._may_end_at_once():
             return
@@ -343,3 +344,11 @@ def reply_status(reply: bytes | bytearray) -> int | None:
     if len(reply) < len(_REPLY_MAGIC) + 4 or not reply.startswith(_REPLY_MAGIC):
         return None
     return 1 << 8 if reply.startswith(b'{"error":', len(_REPLY_MAGIC) + 4) else 0
+
+
+def reply_is_whole(reply: bytes | bytearray) -> bool:
+    """Whether this is all of a reply without buffers, which most are. Others end with the file. See `_jail.encode`."""
+    if reply_status(reply) is None or not reply.startswith((b'{"json":', b'{"error":'), len(_REPLY_MAGIC) + 4):
+        return False
+    size = int.from_bytes(reply[len(_REPLY_MAGIC) : len(_REPLY_MAGIC) + 4], "little")
+    return len(reply) == len(_REPLY_MAGIC) + 4 + size

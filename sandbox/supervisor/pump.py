@@ -45,6 +45,8 @@ class OutputPump:
         self.truncated = False
         self.done = asyncio.Event()
         self.on_done: Callable[[], None] | None = None
+        # Whether nothing can follow what came: then the end of the file, which comes later, is not waited for.
+        self.is_whole: Callable[[bytearray], bool] | None = None
         self._digest = sha256()
         self._loop = loop
         self._fd = fd
@@ -83,6 +85,8 @@ class OutputPump:
         self._digest.update(fits)
         if self._forward_fd < 0:
             self.kept += fits
+            if self.is_whole is not None and self.is_whole(self.kept):
+                self._close()
         elif fits:
             self._forward(fits)
 

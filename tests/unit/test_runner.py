@@ -14,6 +14,7 @@ import pytest
 from sandbox import codec
 from sandbox._jail import encode, runner
 from sandbox.errors import ToolFailed
+from sandbox.supervisor.call import reply_is_whole
 from tests.helpers.calls import RUNNER, SITE, call, installed, run_call, run_request
 
 
@@ -318,3 +319,16 @@ def test_error_replies_are_told_from_values() -> None:
     assert not runner.is_value(encode.encode_error(ValueError("x"), "call"))
     assert runner.is_value(encode.encode_value({"error": 1}))
     assert runner.is_value(encode.encode_value([b"x"]))
+
+
+@pytest.mark.parametrize("content", [{"json": 1}, {"json": {"a": [1, "}"]}}, {"error": {"type_name": "E"}}])
+def test_a_reply_without_buffers_is_whole_with_its_last_byte_and_no_sooner(content: dict[str, Any]) -> None:
+    reply = encode.pack(content)
+    assert reply_is_whole(reply)
+    assert not any(reply_is_whole(reply[:size]) for size in range(len(reply)))
+    assert not reply_is_whole(reply + b"x"), "what follows is judged with the rest of it"
+
+
+def test_a_reply_with_buffers_ends_with_the_file() -> None:
+    assert not reply_is_whole(encode.encode_value(b"x" * 10_000))
+    assert not reply_is_whole(b"no reply at all")
