@@ -31,6 +31,7 @@ NAMESPACES = {
     "cgroup": syscalls.CLONE_NEWCGROUP,
     "pid": syscalls.CLONE_NEWPID,
 }
+_CAP_SYS_ADMIN = 21
 _NR_LANDLOCK_CREATE_RULESET = 444
 _NR_PIDFD_OPEN = 434
 _LANDLOCK_VERSION = 1
@@ -72,16 +73,33 @@ def _exists(name: str, nr: int, *args: int) -> bool:
     return True
 
 
-def try_features(*, as_root: bool) -> dict[str, object]:
-    """Run the trials. A trial that could not be reached is absent.
+def is_root_like() -> bool:
+    """Whether we have CAP_SYS_ADMIN in the initial user namespace."""
+    with open("/proc/self/status", "rb") as file:
+        caps = next(int(line.split()[1], 16) for line in file if line.startswith(b"CapEff:"))
+    if not caps >> _CAP_SYS_ADMIN & 1:
+        return False
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            return file.read().split() == [b"0", b"0", b"4294967295"]
+    except FileNotFoundError:
+        return False  # a kernel without user namespaces; nothing here works then
 
-    0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `attributes` (user.* on tmpfs),
-    `proc`, `nproc`, `tproxy`, `idmap` (root only). `libseccomp` is a version or empty, `nvml` says whether the
-    library loads.
-    """
-    results: dict[str, object] = {}
-    deadline = time.monotonic() + _TIMEOUT_S
-    with contextlib.ExitStack() as stack:
+
+class Trials:
+    """Trials under way in a child. Whoever began them has `results` to call, and may do something else before."""
+
+    def __init__(self, pid: int, answers: int, results: dict[str, object]) -> None:
+        self._pid = pid
+        self._answers = answers
+        self._results = results
+        self._deadline = time.monotonic() + _TIMEOUT_S
+
+    @classmethod
+    def begin(cls, *, as_root: bool) -> Trials:
+        """Fork the child and map its ids."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        results: dict[str, object] = {}
         ends = [end for _ in range(3) for end in os.pipe2(os.O_CLOEXEC)]
         read_fd, write_fd, ready_read, ready_write, mapped_read, mapped_write = ends
         pid = os.fork()
@@ -89,11 +107,6 @@ def try_features(*, as_root: bool) -> dict[str, object]:
             os.close(ready_read)
             os.close(mapped_write)
             _run_inside(write_fd, ready_write, mapped_read)
-        for fd in (read_fd, ready_read, mapped_write):
-            stack.callback(os.close, fd)
-        # G's death takes H with it (death signal).
-        stack.callback(os.waitpid, pid, 0)
-        stack.callback(os.kill, pid, signal.SIGKILL)
         for fd in (write_fd, ready_write, mapped_read):
             os.close(fd)
         if _has_said(ready_read, deadline):
@@ -105,11 +118,33 @@ def try_features(*, as_root: bool) -> dict[str, object]:
                     os.write(mapped_write, b"1")
             else:
                 os.kill(pid, signal.SIGKILL)
-        results["libseccomp"] = _libseccomp_version()
-        answer = _read_all(read_fd, deadline)
-    for line in answer.splitlines():
-        results.update(json.loads(line))
-    return results
+        os.close(ready_read)
+        os.close(mapped_write)
+        return cls(pid, read_fd, results)
+
+    def results(self) -> dict[str, object]:
+        """What came of them. A trial that could not be reached is absent.
+
+        0 or an errno: `user`, those of `NAMESPACES`, `uid_map`, `tmpfs`, `overlay`, `attributes` (user.* on tmpfs),
+        `proc`, `nproc`, `tproxy`, `idmap` (root only). `libseccomp` is a version or empty, `nvml` says whether the
+        library loads.
+        """
+        results = {**self._results, "libseccomp": _libseccomp_version()}
+        try:
+            answer = _read_all(self._answers, self._deadline)
+        finally:
+            os.close(self._answers)
+            # G's death takes H with it (death signal).
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        for line in answer.splitlines():
+            results.update(json.loads(line))
+        return results
+
+
+def try_features(*, as_root: bool) -> dict[str, object]:
+    """Run the trials and wait for what comes of them."""
+    return Trials.begin(as_root=as_root).results()
 
 
 def _has_said(fd: int, deadline: float) -> bool:
@@ -178,11 +213,12 @@ def _run_inside(write_fd: int, ready_write: int, mapped_read: int) -> None:
     """G: tries everything from inside the user namespace. Never returns."""
     try:
         process.die_with_parent()
+        has_user = _attempt(write_fd, "user", syscalls.unshare, syscalls.CLONE_NEWUSER)
+        if has_user:
+            os.write(ready_write, b"1")
+        # Behind what is waited for: to load a driver's library takes its time.
         _say(write_fd, "nvml", _loads("libnvidia-ml.so.1"))
-        if not _attempt(write_fd, "user", syscalls.unshare, syscalls.CLONE_NEWUSER):
-            return
-        os.write(ready_write, b"1")
-        if not os.read(mapped_read, 1):
+        if not has_user or not os.read(mapped_read, 1):
             return
         # The full set of capabilities in the new namespace survives this only because neither uid was 0 inside.
         os.setresgid(JAIL_ID, JAIL_ID, JAIL_ID)

@@ -10,7 +10,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from sandbox._linux import process, scheduling, wire
+from sandbox._linux import probes, process, scheduling, wire
 from sandbox.errors import SandboxError
 from sandbox.launchers.zygote import Zygote
 from sandbox.supervisor import loading
@@ -40,8 +40,9 @@ def main(argv: list[str]) -> int:
     # The caller's terminal sends these to every process of its group; what they mean is the caller's to decide.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # First of all: it loads its part while we load ours.
+    # First of all: they take their time while we load our part. The trials fork, which costs the less the less we hold.
     zygote = Zygote.begin()
+    trials = probes.Trials.begin(as_root=probes.is_root_like())
     loading.load()
     import asyncio
     import pathlib
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
 
     try:
         with asyncio.Runner(loop_factory=Loop) as runner:
-            return runner.run(_run(control, pathlib.Path(argv[1]), zygote))
+            return runner.run(_run(control, pathlib.Path(argv[1]), zygote, trials))
     except SandboxError as error:
         wire.send(control, {"ev": "failed", "type": type(error).__name__, "message": error.message, "hint": error.hint})
         return 1
@@ -58,11 +59,12 @@ def main(argv: list[str]) -> int:
         control.close()
 
 
-async def _run(control: socket.socket, state: Path, zygote: Zygote) -> int:
+async def _run(control: socket.socket, state: Path, zygote: Zygote, trials: probes.Trials) -> int:
+    from sandbox import host
     from sandbox.supervisor.server import Supervisor
 
-    supervisor = Supervisor(control, state, zygote)
-    # Only now: the probes fork, and a process that is not dumpable cannot write its own id maps.
+    supervisor = Supervisor(control, state, zygote, host.probe(trials))
+    # Only now: a process that is not dumpable cannot write the id maps of the trials' child.
     process.set_not_dumpable()
     supervisor.prepare()
     # What we do is short and others wait for it. What we start takes the usual turns again.

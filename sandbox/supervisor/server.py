@@ -60,9 +60,9 @@ COMMONS_MAX = 256
 class Supervisor:
     """Owns the pool of jails, the cgroups, the chain and the table of running calls."""
 
-    def __init__(self, control: socket.socket, state: Path, zygote: Zygote) -> None:
+    def __init__(self, control: socket.socket, state: Path, zygote: Zygote, facts: host.HostFacts) -> None:
         self.state = state
-        self.facts = host.probe()
+        self.facts = facts
         self._zygote = zygote
         self._control = control
         self._name = cgroup.owner_name(os.getpid())
