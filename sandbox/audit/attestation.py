@@ -40,10 +40,11 @@ def attestation(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
     resources = _mapping(manifest.get("resources"))
     counters = _counters(record)
     kind = str(_mapping(record.get("ending")).get("kind", ""))
+    enforcement = _mapping(record.get("enforcement"))
     verdicts = {
-        control: _counted(control, resources.get(grant), counters, kind, record)
+        control: _counted(control, granted, counters, kind, _mapping(enforcement.get(control)))
         for control, (_, _, grant) in _COUNTED.items()
-        if resources.get(grant) is not None
+        if (granted := resources.get(grant)) is not None
     }
     verdicts["network"] = _network(_mapping(manifest.get("network")), record, kind)
     verdicts["filesystem"] = _filesystem(_mapping(manifest.get("filesystem")), record)
@@ -82,17 +83,19 @@ def whole(value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
 
-def _unseen(control: str, granted: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    entry = _mapping(_mapping(record.get("enforcement")).get(control))
-    if entry.get("level") == "full":
-        return _verdict(
-            "within", granted, None, f"not counted as such, but enforced in full by {entry.get('mechanism')}"
-        )
+def _enforced(record: Mapping[str, Any], control: str) -> Mapping[str, Any]:
+    return _mapping(_mapping(record.get("enforcement")).get(control))
+
+
+def _unseen(granted: Any, enforced: Mapping[str, Any]) -> dict[str, Any]:
+    if enforced.get("level") == "full":
+        evidence = f"not counted as such, but enforced in full by {enforced.get('mechanism')}"
+        return _verdict("within", granted, None, evidence)
     return _verdict("not_observable", granted, None, "not counted as such, and not enforced in full")
 
 
 def _counted(
-    control: str, granted: Any, counters: Mapping[str, Any], kind: str, record: Mapping[str, Any]
+    control: str, granted: Any, counters: Mapping[str, Any], kind: str, enforced: Mapping[str, Any]
 ) -> dict[str, Any]:
     counter, refusals, _ = _COUNTED[control]
     observed, refused = counters.get(counter), counters.get(refusals) or 0
@@ -101,10 +104,10 @@ def _counted(
     if refused:
         return _verdict("exceeded", granted, observed, f"{refusals}={refused}")
     if observed is None:
-        return _unseen(control, granted, record)
+        return _unseen(granted, enforced)
     if control in _RATES:
         # The counter is a total: only the enforcement says that the rate was never higher in between.
-        return _unseen(control, granted, record) | {"observed": observed} if observed else _unused(granted, counter)
+        return _unseen(granted, enforced) | {"observed": observed} if observed else _unused(granted, counter)
     if isinstance(granted, (int, float)) and observed > granted and control not in _KERNEL_COUNTED:
         return _verdict("exceeded", granted, observed, f"{counter} is over the grant")
     return _verdict("within", granted, observed, counter) if observed else _unused(granted, counter)
@@ -123,7 +126,7 @@ def _network(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> 
     if attempts:
         return _verdict("within", granted, len(attempts), f"{len(attempts)} attempts, all by rule")
     if granted == "none" or record.get("network") is None:
-        return _unseen("network", granted, record)
+        return _unseen(granted, _enforced(record, "network"))
     return _verdict("unused", granted, 0, "no attempt reached the gateway")
 
 
@@ -135,7 +138,7 @@ def _filesystem(grant: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
         return _verdict("exceeded", granted, len(denied), f"{len(denied)} accesses denied")
     if written:
         return _verdict("within", granted, len(written), f"{len(written)} files written in the workspace")
-    return _unseen("filesystem", granted, record)
+    return _unseen(granted, _enforced(record, "filesystem"))
 
 
 def _gpu(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
@@ -150,7 +153,7 @@ def _gpu(grant: Mapping[str, Any], record: Mapping[str, Any], kind: str) -> dict
     if kind.startswith("limit:gpu_"):
         return _verdict("exceeded", granted, len(units or ()), f"{kind.removeprefix('limit:')} ended the call")
     if not units:
-        return _unseen("gpu", granted, record)
+        return _unseen(granted, _enforced(record, "gpu"))
     used = [unit for unit in units if unit.get("processes_peak")]
     if not used:
         return _verdict("unused", granted, 0, "no process of the call was seen on a granted GPU")

@@ -127,9 +127,20 @@ class Call:
         self.jail.on_event = self._on_event
         if self.jail.ready.is_set():
             return
+        # Not asyncio.wait_for, which makes a task of what it waits for.
+        settled: asyncio.Future[bool] = self._loop.create_future()
+
+        def settle(in_time: bool) -> None:
+            if not settled.done():
+                settled.set_result(in_time)
+
+        self.jail.when_settled(lambda: settle(True))
+        timer = self._loop.call_later(START_TIMEOUT_S, settle, False)
         try:
-            await asyncio.wait_for(self.jail.ready.wait(), START_TIMEOUT_S)
-        except TimeoutError:
+            in_time = await settled
+        finally:
+            timer.cancel()
+        if not in_time:
             self.jail.failure = {"step": "launch", "errno": 110, "message": f"not ready after {START_TIMEOUT_S:.0f} s"}
             self.jail.kill()
 
