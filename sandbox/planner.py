@@ -16,7 +16,8 @@ from sandbox.errors import Unenforceable
 from sandbox.host import Control, HostFacts
 from sandbox.launchers.declared import DECLARED, Choice, has_landlock
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, LaunchPlan, Limit, Step
+from sandbox.plan import LaunchPlan, Limit, Step
+from sandbox.spec import CallSpec
 
 HOME = "/home/user"
 HOSTNAME = "sandbox"

@@ -24,7 +24,8 @@ from sandbox.launchers.declared import (
     is_enough,
 )
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, Step
+from sandbox.plan import Step
+from sandbox.spec import CallSpec
 
 _DEFAULT: Final = Choice("jail")
 

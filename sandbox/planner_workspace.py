@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sandbox.host import HostFacts
-    from sandbox.plan import CallSpec
+    from sandbox.spec import CallSpec
 
 
 def refusal(call: CallSpec, facts: HostFacts) -> str:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from sandbox.audit.store import usual_state_dir
 from sandbox.errors import ManifestError
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings
 from sandbox.prepare_places import allowed_variables, shown_prefixes, terminal_size
 from sandbox.prepare_secrets import extra_roots
 from sandbox.profiles import Resolved
+from sandbox.spec import CallSpec, Workspace
 
 if TYPE_CHECKING:
     from sandbox.codec import EncodedCall

@@ -26,8 +26,9 @@ from sandbox.context import CallContext, current_context
 from sandbox.errors import ManifestError, ToolFailed, Unenforceable
 from sandbox.link import Link, NotHandedOver, Pending, Slots, Ticket
 from sandbox.outcome import Outcome
-from sandbox.plan import CallSpec, LaunchPlan
+from sandbox.plan import LaunchPlan
 from sandbox.runtime_outcome import program_outcome
+from sandbox.spec import CallSpec
 
 if TYPE_CHECKING:
     from typing import Self

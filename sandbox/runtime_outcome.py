@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.audit.view import Record
-from sandbox.outcome import Ending, Outcome
+from sandbox.ending import Ending
+from sandbox.outcome import Outcome
 
 
 def program_outcome(message: Mapping[str, Any], *, value: Any = None) -> Outcome:

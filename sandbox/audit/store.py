@@ -12,7 +12,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ def usual_state_dir() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "sandbox"
 
 
-@dataclass(frozen=True, slots=True)
 class Store:
     """A state directory as the supervisor uses it: recover first, then open one chain."""
 
-    state: Path
+    def __init__(self, state: Path) -> None:
+        self.state = state
 
     def open_chain(self, name: str = "supervisor", *, segment_max_bytes: int = SEGMENT_MAX_BYTES) -> Chain:
         """A chain of this process's own. Nothing but the state directory itself is made before its first entry.
@@ -61,6 +60,17 @@ def new_chain_id(name: str) -> str:
     """Start time, the supervisor's name and random digits: unique, sortable, a plain file name."""
     plain = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:32] or "supervisor"
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{plain}-{os.urandom(4).hex()}"
+
+
+def has_open_chains(state: Path) -> bool:
+    """Whether any supervisor runs, or died without closing its chain; also where that cannot be found out."""
+    try:
+        with os.scandir(state / "live") as entries:
+            return any(True for _ in entries)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def list_chains(state: Path) -> list[Path]:

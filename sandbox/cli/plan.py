@@ -62,8 +62,8 @@ def _decider(resolved: Resolved, argv: tuple[str, ...], state: str | None) -> Ca
 
     from sandbox import host, prepare
     from sandbox.audit.store import state_dir
-    from sandbox.plan import CallSpec
     from sandbox.planner import decide
+    from sandbox.spec import CallSpec
 
     spec = CallSpec("program", argv, argv[0], workspace=prepare.workspace(resolved.manifest), is_single=True)
     around = prepare.surroundings(resolved, spec, state_dir(state), {})

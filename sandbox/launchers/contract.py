@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,7 +93,6 @@ class Container(Protocol):
         """Give back everything; what still runs inside is killed."""
 
 
-@dataclass(frozen=True)
 class Setting:
     """What a supervisor lends its launchers.
 
@@ -103,11 +101,19 @@ class Setting:
     the host's, as "major:minor".
     """
 
-    state: Path
-    tree: cgroup.Tree | None
-    owner: str
-    host_uids: Iterator[int] | None
-    disks: tuple[str, ...] = ()
+    def __init__(
+        self,
+        state: Path,
+        tree: cgroup.Tree | None,
+        owner: str,
+        host_uids: Iterator[int] | None,
+        disks: tuple[str, ...] = (),
+    ) -> None:
+        self.state = state
+        self.tree = tree
+        self.owner = owner
+        self.host_uids = host_uids
+        self.disks = disks
 
 
 class Launcher(Protocol):

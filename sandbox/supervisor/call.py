@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sandbox._linux import wire
+from sandbox.ending import Seen
 from sandbox.launchers.contract import Container
 from sandbox.launchers.jail import Jail
-from sandbox.outcome import Seen
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
 from sandbox.supervisor.pump import Budget, InputPump, OutputPump

@@ -6,25 +6,31 @@ import asyncio
 import contextlib
 import socket
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox._linux import wire
 from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
+from sandbox.ending import Ending
 from sandbox.errors import SandboxError
-from sandbox.outcome import Ending
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.work import Left, Work
 
 
-@dataclass
 class Gathered:
     """What goes out to the caller beside the record: named sections of one memory file."""
 
-    closing: audit_record.Closing
-    sections: dict[str, bytes] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
+    __slots__ = ("closing", "extra", "sections")
+
+    def __init__(
+        self,
+        closing: audit_record.Closing,
+        sections: dict[str, bytes] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.closing = closing
+        self.sections = sections or {}
+        self.extra = extra or {}
 
 
 def closing(ending: Ending, started: float) -> Gathered:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +18,13 @@ from sandbox.supervisor import identity
 from sandbox.supervisor.limits import cgroup_limits, io_devices
 
 
-@dataclass(frozen=True)
 class Kind:
     """What jails of one plan have in common, worked out once."""
 
-    plan: LaunchPlan
-    program: bytes
-    disks: tuple[str, ...]
+    def __init__(self, plan: LaunchPlan, program: bytes, disks: tuple[str, ...]) -> None:
+        self.plan = plan
+        self.program = program
+        self.disks = disks
 
     @cached_property
     def limits(self) -> dict[str, float | int]:

@@ -17,7 +17,7 @@ import resource
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,10 @@ from sandbox import __version__, host
 from sandbox._linux import cgroup, wire
 from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
-from sandbox.audit.recover import recover
-from sandbox.audit.store import Store
+from sandbox.audit.store import Store, has_open_chains
+from sandbox.ending import Ending, classify
 from sandbox.errors import AuditError, CallLost, SandboxError
 from sandbox.launchers.zygote import Zygote
-from sandbox.outcome import Ending, classify
 from sandbox.plan import LaunchPlan
 from sandbox.supervisor import finish
 from sandbox.supervisor.call import Call
@@ -113,6 +112,13 @@ class Supervisor:
         self._launchers = Launchers(
             self.state, self._tree, tuple(self.facts.block_devices.values()), self._name, self._zygote
         )
+        if has_open_chains(self.state):
+            self._recover()
+
+    def _recover(self) -> None:
+        # Loaded only here: most starts find nothing that was left open.
+        from sandbox.audit.recover import recover
+
         for recovered in recover(self.state):
             if recovered.error:
                 print(f"sandbox: chain {recovered.chain_id}: {recovered.error}", file=sys.stderr)
@@ -351,13 +357,15 @@ class Supervisor:
             call.resize(int(str(message["rows"])), int(str(message["columns"])))
 
 
-@dataclass(frozen=True)
 class _Opened:
     """A call whose record is opened."""
 
-    call_id: str
-    started: float
-    record: dict[str, Any]
+    __slots__ = ("call_id", "record", "started")
+
+    def __init__(self, call_id: str, started: float, record: dict[str, Any]) -> None:
+        self.call_id = call_id
+        self.started = started
+        self.record = record
 
 
 def running_max(open_files: int) -> int:

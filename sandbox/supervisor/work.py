@@ -10,7 +10,6 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +29,16 @@ _SET_ASIDE = {
 }
 
 
-@dataclass
 class Left:
     """What a call left: the record's `files` group, collected files by path, and where its changes are kept."""
 
-    files: dict[str, Any] | None = None
-    collected: Mapping[str, bytes] = field(default_factory=dict)
-    changes: str = ""
-    decisions: list[dict[str, Any]] = field(default_factory=list)
+    __slots__ = ("changes", "collected", "decisions", "files")
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] | None = None
+        self.collected: Mapping[str, bytes] = {}
+        self.changes = ""
+        self.decisions: list[dict[str, Any]] = []
 
 
 class Work:

@@ -18,9 +18,10 @@ from sandbox import CallLost, Sandbox, ToolFailed
 from sandbox.launchers import nsjail, oci
 from sandbox.launchers.contract import Setting
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, LaunchPlan
+from sandbox.plan import LaunchPlan
 from sandbox.planner import Surroundings, decide
 from sandbox.prepare import interpreter
+from sandbox.spec import CallSpec
 from sandbox.supervisor import identity
 from sandbox.supervisor.attending import Attending
 from tests.helpers.net_servers import Outside, echo

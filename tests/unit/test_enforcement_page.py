@@ -9,8 +9,8 @@ import pytest
 
 from sandbox.host import HostFacts
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, Workspace
 from sandbox.planner import PathFact, Surroundings, decide
+from sandbox.spec import CallSpec, Workspace
 
 PAGE = (Path(__file__).parents[2] / "docs" / "enforcement.md").read_text()
 ROWS = re.findall(r"^\| \d+ \| `(\w+)` \|", PAGE, re.MULTILINE)

@@ -14,8 +14,9 @@ from sandbox.gpu.facts import GpuFacts, GpuNode, GpuUnit
 from sandbox.gpu.limits import Asked, judge
 from sandbox.host import CgroupControl, Feature, HostFacts
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, LaunchPlan
+from sandbox.plan import LaunchPlan
 from sandbox.planner import Surroundings, decide
+from sandbox.spec import CallSpec
 
 GIB = 1 << 30
 CONTROL = (GpuNode("nvidiactl", 195, 255), GpuNode("nvidia-uvm", 510, 0))

@@ -26,6 +26,8 @@ LAYERS = (
         "host",
         "plan",
         "outcome",
+        "ending",
+        "spec",
         "codec",
         "seccomp",
         "rebuild",

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from sandbox.host import CgroupControl, Feature, HostFacts
 from sandbox.launchers import attended, nsjail, nsjail_config, oci, oci_spec
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, LaunchPlan
+from sandbox.plan import LaunchPlan
 from sandbox.planner import Surroundings, decide
+from sandbox.spec import CallSpec
 
 YES = Feature(True)
 FACTS = HostFacts(

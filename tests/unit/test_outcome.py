@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from sandbox.ending import Ending, Seen, classify
 from sandbox.errors import CallLost, CallTimeout, LaunchError, LimitExceeded, Revoked, SandboxError, ToolFailed
-from sandbox.outcome import Ending, Outcome, Seen, classify
+from sandbox.outcome import Outcome
 
 KILLED = int(signal.SIGKILL)
 

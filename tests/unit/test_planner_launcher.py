@@ -10,8 +10,9 @@ import pytest
 from sandbox.errors import ManifestError, Unenforceable
 from sandbox.host import CgroupControl, Feature, HostFacts
 from sandbox.manifest import Manifest
-from sandbox.plan import CallSpec, LaunchPlan, Workspace
+from sandbox.plan import LaunchPlan
 from sandbox.planner import PathFact, Surroundings, decide
+from sandbox.spec import CallSpec, Workspace
 
 YES = Feature(True)
 FULL = HostFacts(

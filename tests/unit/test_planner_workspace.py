@@ -8,7 +8,7 @@ import pytest
 
 from sandbox import planner_workspace
 from sandbox.host import Feature
-from sandbox.plan import CallSpec, Workspace, WorkspaceMode
+from sandbox.spec import CallSpec, Workspace, WorkspaceMode
 from tests.unit.test_host_table import FULL, ORDINARY
 
 WITHOUT_OVERLAY = Feature(False, "mount overlay: Operation not permitted")
