@@ -25,58 +25,70 @@ if TYPE_CHECKING:
     from sandbox._jail.launch import Launch
 
 # CPython specialises code that has run eight times; a few more settle its caches.
-ROUNDS = 12
+_ROUNDS = 12
 _PR_GET_DUMPABLE = 3
+_NAMES = ("stdin", "stdout", "stderr", "request", "result")
 
 
-def rehearse(launch: Launch, rounds: int = ROUNDS) -> None:
-    """Leaves nothing mounted or open, and takes no step of a jail."""
-    batch = Batch()
-    for _ in range(20):
-        batch.prctl("PR_GET_DUMPABLE", _PR_GET_DUMPABLE)
-    applied, status, fds = launch.applied, launch.status, launch.fds
-    for _ in range(rounds):
-        launch.applied, launch.fds, launch.out_fds = [], {}, {}
-        launch.take_ready([("", batch)] * 4)
-        _park(launch)
-        if not launch.plan["template"]["function"]:
+def rehearse(launch: Launch, settings: dict[str, Any]) -> None:
+    """Go the way of a child often enough. Leaves nothing mounted or open, and takes no step of a jail."""
+    kept = launch.applied, launch.status, launch.fds
+    for _ in range(_ROUNDS):
+        stage = Stage(launch, function.Seat(settings) if settings["function"] else None)
+        stage.play()
+        stage.close()
+    launch.applied, launch.status, launch.fds = kept
+    launch.call, launch.step = {}, "template"
+
+
+class Stage:
+    """One round: what it takes besides a child's own doing is here before the child begins."""
+
+    def __init__(self, launch: Launch, seat: function.Seat | None) -> None:
+        self._launch = launch
+        self._seat = seat
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self._batch = Batch()
+        for _ in range(20):
+            self._batch.prctl("PR_GET_DUMPABLE", _PR_GET_DUMPABLE)
+        self._calls = _requests() if seat is not None else []
+        # From a supervisor that has sent the calls already.
+        for request in self._calls:
+            socket.send_fds(self._ours, [function.USUAL_GO + request], [self._null] * len(function.FDS))
+        if seat is None:
             # What it names cannot be run, which shows only when all else is done.
-            with contextlib.suppress(PermissionError):
-                pid1.spawn(launch)
+            call = {"argv": ["/"], "env": {"PATH": "/usr/bin"}, "cwd": "/"}
+            wire.send(self._ours, {"op": "go", "fds": [*_NAMES], "call": call}, [self._null] * len(_NAMES))
+
+    def play(self) -> None:
+        """Do as a child does, but for what cannot be taken back."""
+        launch = self._launch
+        launch.applied, launch.fds, launch.out_fds, launch.status = [], {}, {}, self._theirs
+        launch.take_ready([("", self._batch)] * 4)
+        if self._seat is not None:
+            self._play_function(self._seat)
+            return
+        pid1.park(launch)
+        with contextlib.suppress(PermissionError):
+            pid1.spawn(launch)
         for fd in launch.fds.values():
             os.close(fd)
-    launch.applied, launch.status, launch.fds, launch.call, launch.step = applied, status, fds, {}, "template"
 
+    def _play_function(self, seat: function.Seat) -> None:
+        pid1.tell_sealed(self._launch)
+        seat.inbox.socket_fd.value = self._theirs.fileno()
+        for _ in self._calls:
+            seat.wait()
+            result = function.FDS.index("result")
+            runner.finish(seat.request(), seat.inbox.fd(result))
+            for index in range(result):
+                os.close(seat.inbox.fd(index))
 
-def rehearse_calls(seat: function.Seat, rounds: int = ROUNDS) -> None:
-    """Take calls as a parked function does, but for what cannot be taken back."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        for _ in range(rounds):
-            for request in _requests():
-                null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-                socket.send_fds(ours, [function.USUAL_GO + request], [null] * len(function.FDS))
-                seat.inbox.socket_fd.value = theirs.fileno()
-                seat.wait()
-                runner.finish(seat.request(), null)
-                for index in range(len(function.FDS)):
-                    os.close(seat.inbox.fd(index))
-
-
-def _park(launch: Launch) -> None:
-    """Park before a supervisor that has sent the call already."""
-    ours, launch.status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    names = ["stdin", "stdout", "stderr", "request", "result"]
-    call = {"argv": ["/"], "env": {"PATH": "/usr/bin"}, "cwd": "/"}
-    try:
-        wire.send(ours, {"op": "go", "fds": names, "call": call}, [null] * len(names))
-        pid1.park(launch)
-        wire.receive(ours)
-    finally:
-        os.close(null)
-        ours.close()
-        launch.status.close()
+    def close(self) -> None:
+        os.close(self._null)
+        self._ours.close()
+        self._theirs.close()
 
 
 def _requests() -> list[bytes]:

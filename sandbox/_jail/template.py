@@ -166,12 +166,10 @@ class Beginning:
 
 
 def _prepare(launch: Launch) -> Prepared:
-    is_function = launch.plan["template"]["function"]
-    rehearsal.rehearse(launch)
-    if is_function:
-        rehearsal.rehearse_calls(function.Seat(launch.plan["template"]))
+    rehearsal.rehearse(launch, launch.plan["template"])
     prepared = Prepared(launch)
     _freeze()
+    stage = rehearsal.Stage(launch, prepared.seat)
 
     def be_a_jail() -> None:
         _leave_template(prepared)
@@ -179,11 +177,10 @@ def _prepare(launch: Launch) -> Prepared:
         process.set_dumpable(dumpable=True)
         for _, batch in prepared.steps:
             batch.rehearse()
-        rehearsal.rehearse(launch, rounds=1)
-        if prepared.seat is not None:
-            rehearsal.rehearse_calls(prepared.seat, rounds=1)
+        stage.play()
 
     prepared.pages = pages.touched_after_fork(be_a_jail)
+    stage.close()
     return prepared
 
 

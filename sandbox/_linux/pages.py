@@ -83,10 +83,12 @@ def touched_after_fork(act: Callable[[], object]) -> Pages:
     None where that cannot be told. Only for single-threaded processes. Raises OSError when there is no fork.
     """
     mappings = _mappings()
+    entries = [address // _PAGE_BYTES * _ENTRY_BYTES for first, end, _ in mappings for address in (first, end)]
+    ranges = struct.pack(f"={len(entries)}Q", *entries)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = syscalls.fork()
     if pid == 0:
-        _tell_pages(act, mappings, write_end)
+        _tell_pages(act, ranges, write_end)
     os.close(write_end)
     with open(read_end, "rb") as pipe:
         data = pipe.read()
@@ -107,15 +109,14 @@ def _mappings() -> list[tuple[int, int, bool]]:
     return found
 
 
-def _tell_pages(act: Callable[[], object], mappings: list[tuple[int, int, bool]], to_fd: int) -> None:
-    """In the child: hand over our page table, making little of our own. Does not return."""
+def _tell_pages(act: Callable[[], object], ranges: bytes, to_fd: int) -> None:
+    """In the child: hand over our page table. It makes little of its own, for that is in the table. Does not return."""
     try:
         act()
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        for first, end, _ in mappings:
-            at, stop = (address // _PAGE_BYTES * _ENTRY_BYTES for address in (first, end))
+        for at, stop in struct.iter_unpack("=QQ", ranges):
             while at < stop:
-                at += os.write(to_fd, os.pread(pagemap, min(_PAGE_BYTES, stop - at), at) or b"\0" * 8)
+                at += os.write(to_fd, os.pread(pagemap, min(_PAGE_BYTES, stop - at), at) or b"\0" * _ENTRY_BYTES)
         os._exit(0)
     finally:
         # Whatever failed, what was told is too short, and nothing is made of it.
