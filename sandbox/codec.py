@@ -255,11 +255,16 @@ def _pickler_class() -> Any:
     """cloudpickle's pickler, with our rule for what goes by value. Made on first use: importing it takes 10 ms."""
     import cloudpickle
 
+    helpers = cloudpickle.Pickler.__module__
+
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no type information
         importable: Callable[[str], bool]
         registered: list[types.ModuleType]
 
         def reducer_override(self, obj: Any) -> Any:
+            if type(obj) is types.FunctionType and obj.__module__ == helpers:
+                # What a function by value is put together with inside, where cloudpickle is: it goes by its name.
+                return NotImplemented
             owner = obj.__self__ if type(obj) is types.MethodType else obj
             if type(owner).__module__ == _OURS:
                 # What the decorator hung on a function is of no use inside, where the function is a plain one.
