@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
 
-Level = Literal["full", "partial", "none"]
-Strength = Literal["hardware", "kernel", "driver", "polled", "advisory", "none"]
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    Level = Literal["full", "partial", "none"]
+    Strength = Literal["hardware", "kernel", "driver", "polled", "advisory", "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 # control -> (the counter in `usage`, the counter of refusals in `usage`, where the grant stands in the manifest)
 _COUNTED: dict[str, tuple[str, str, str]] = {

@@ -19,9 +19,13 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import PurePath
-from typing import Any
 
 from sandbox.errors import AuditError
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 TEXT_MAX_BYTES = 64 * 1024
 ITEMS_MAX = 4096
@@ -79,7 +83,7 @@ def bounded(text: str, max_bytes: int = TEXT_MAX_BYTES) -> str:
     return raw[:max_bytes].decode("utf-8", "ignore") + note
 
 
-class Settled(dict[str, Any]):
+class Settled(dict["str", "Any"]):
     """A group of a record that will not change any more: it is walked and encoded once, however many entries hold it.
 
     Precondition: it stands right below the top of an entry, so that nesting is counted alike wherever it is.

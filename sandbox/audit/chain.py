@@ -17,18 +17,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
 
 from sandbox.audit.canonical import encode
-from sandbox.audit.entry import ENTRY_MAX_BYTES, FIRST_SEQ, EntryKind, genesis, seal, segment_name
+from sandbox.audit.entry import ENTRY_MAX_BYTES, FIRST_SEQ, genesis, seal, segment_name
 from sandbox.errors import AuditError
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    from sandbox.audit.entry import EntryKind
+
+    Durability = Literal["flush", "fsync"]
 
 SEGMENT_MAX_BYTES = 16 * 1024 * 1024
 OWED_MAX = 1000
 LOCK = "lock"
 CLEAN = "clean"
-
-Durability = Literal["flush", "fsync"]
 
 
 @dataclass(frozen=True, slots=True)

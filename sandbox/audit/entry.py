@@ -10,9 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any, Literal
 
 from sandbox.audit.canonical import encode, unwritten
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    EntryKind = Literal["opened", "closed", "notice"]
 
 SCHEMA = "sandbox.audit/v1"
 ALG = "sha256"
@@ -20,7 +26,6 @@ FIRST_SEQ = 1
 ENTRY_MAX_BYTES = 16 * 1024 * 1024
 SEGMENT_NAME = re.compile(r"([0-9]{6})\.jsonl")
 
-EntryKind = Literal["opened", "closed", "notice"]
 ENTRY_KINDS = ("opened", "closed", "notice")
 
 

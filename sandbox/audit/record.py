@@ -14,13 +14,17 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from sandbox.audit.attestation import attestation, whole
 from sandbox.audit.canonical import Settled, bounded
 from sandbox.audit.entry import SCHEMA
 from sandbox.audit.view import Record as Record
 from sandbox.errors import AuditError
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 ITEMS_MAX = 500
 NAME_MAX_BYTES = 1024

@@ -11,10 +11,14 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from sandbox.audit.entry import ENTRY_MAX_BYTES, SEGMENT_NAME
 from sandbox.errors import AuditError
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
 
 
 def list_segments(chain_path: Path) -> list[Path]:

@@ -13,12 +13,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sandbox.audit.chain import SEGMENT_MAX_BYTES, Chain, make_private_dirs
 from sandbox.audit.entry import ENTRY_MAX_BYTES
 from sandbox.audit.segments import list_segments, open_segment, parse, read_lines
 from sandbox.errors import AuditError
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 _ID_START = b'"record_id":"'
 _ID_SHAPE = re.compile(r"[0-9a-zA-Z_.-]{1,64}")

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from sandbox.audit.canonical import digest, encode, visible
 
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
     from rich.console import RenderableType
 
 
-class View(Mapping[str, Any]):
+class View(Mapping["str", "Any"]):
     """A read-only object of JSON data. Objects inside come out as views, lists as tuples."""
 
     __slots__ = ("_data",)

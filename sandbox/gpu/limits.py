@@ -17,7 +17,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from sandbox.gpu.facts import GpuFacts, GpuUnit
-from sandbox.plan import Level, Limit, Strength
+from sandbox.plan import Limit
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from sandbox.plan import Level, Strength
 
 PERIOD_S: Final = 0.1
 POLLED: Final = f"NVML polled every {PERIOD_S * 1000:.0f} ms, then the call is killed"

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from sandbox.host.delegation import MORE_CONTROLLERS
 from sandbox.host.facts import Feature, HostFacts
-from sandbox.plan import Level, Strength
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from sandbox.plan import Level, Strength
 
 CONTROL_NAMES = (
     "filesystem",

@@ -12,10 +12,14 @@ import socket
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from sandbox._linux import cgroup, syscalls, wire
 from sandbox.launchers.zygote import Zygote
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 _Launch = Callable[[Mapping[str, object], Mapping[str, int]], None]
 _OUT_OF_THE_WAY = Path("/sys/kernel")

@@ -20,7 +20,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    Guard = dict[str, Any]
 
 NAME = "default"
 VERSION = 1
@@ -129,7 +135,6 @@ SOCK_STREAM, SOCK_DGRAM, SOCK_RAW, SOCK_TYPE_MASK = 1, 2, 3, 0xF
 IPPROTO_TCP, IPPROTO_UDP, NETLINK_ROUTE = 6, 17, 0
 
 Condition = dict[str, int]
-Guard = dict[str, Any]
 
 
 def _is(arg: int, value: int, mask: int = _LOW_32) -> Condition:

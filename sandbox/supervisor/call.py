@@ -15,7 +15,6 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from sandbox._linux import wire
 from sandbox.ending import Seen
@@ -25,7 +24,11 @@ from sandbox.plan import LaunchPlan
 from sandbox.supervisor import polling
 from sandbox.supervisor.pump import Budget, InputPump, OutputPump
 
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from sandbox.supervisor.egress import CallEgress
     from sandbox.supervisor.gpu_call import CallGpu
 

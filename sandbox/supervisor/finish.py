@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import time
-from typing import Any
 
 from sandbox._linux import wire
 from sandbox.audit import record as audit_record
@@ -15,6 +14,11 @@ from sandbox.ending import Ending
 from sandbox.errors import SandboxError
 from sandbox.supervisor.call import Call
 from sandbox.supervisor.work import Left, Work
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Gathered:

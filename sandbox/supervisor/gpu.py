@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
 
 from sandbox._linux import cgroup
 from sandbox._linux.devices import DeviceRules
@@ -17,10 +16,16 @@ from sandbox.host import HostFacts
 from sandbox.launchers.group import ContainerGroup
 from sandbox.plan import LaunchPlan
 
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
+    from typing import Any, Protocol
+
     from sandbox.launchers.contract import Container, Group
     from sandbox.supervisor.gpu_call import CallGpu
     from sandbox.supervisor.gpu_guard import Guard
+else:
+    Protocol = object
 
 
 class Watched(Protocol):

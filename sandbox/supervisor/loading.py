@@ -28,6 +28,13 @@ class _Logger:
             import_module("logging").getLogger(self._name).debug(*args, **given)
 
 
+class _Hint:
+    """An annotation that nobody reads."""
+
+    def __class_getitem__(cls, _of: object) -> type[_Hint]:
+        return cls
+
+
 # Used when something has gone wrong, to start programs, for TLS in asyncio's own streams, or to make an URI of a path.
 # By module: what is looked up in it when they are loaded, functions by name and values.
 _LATER: dict[str, tuple[tuple[str, ...], Mapping[str, object]]] = {
@@ -37,6 +44,7 @@ _LATER: dict[str, tuple[tuple[str, ...], Mapping[str, object]]] = {
     "ntpath": ((), {}),
     "subprocess": ((), {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3}),
     "traceback": (("extract_stack",), {}),
+    "typing": ((), {"final": lambda what: what, "Optional": _Hint, "Type": _Hint}),
     "asyncio.sslproto": ((), {}),
     "asyncio.staggered": ((), {}),
     "urllib.parse": (("quote_from_bytes",), {}),

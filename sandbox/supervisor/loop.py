@@ -11,12 +11,15 @@ import asyncio
 import contextlib
 import select
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any, TypeVarTuple
+
     from _typeshed import FileDescriptorLike
 
-Args = TypeVarTuple("Args")
+    Args = TypeVarTuple("Args")
 
 
 class Loop(asyncio.SelectorEventLoop):

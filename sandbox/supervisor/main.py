@@ -8,15 +8,17 @@ import resource
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, NoReturn
 
 from sandbox._linux import probes, process, scheduling, wire
 from sandbox.errors import SandboxError
 from sandbox.launchers.zygote import Zygote
 from sandbox.supervisor import loading
 
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import NoReturn
 
 
 def run(argv: list[str]) -> NoReturn:

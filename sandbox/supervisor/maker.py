@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from functools import cached_property
-from typing import Any
 
 from sandbox.errors import LauncherUnavailable
 from sandbox.launchers.burial import Burial
@@ -16,6 +15,11 @@ from sandbox.plan import LaunchPlan
 from sandbox.seccomp import shipped
 from sandbox.supervisor import identity
 from sandbox.supervisor.limits import cgroup_limits, io_devices
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Kind:

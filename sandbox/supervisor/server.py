@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sandbox import __version__, host
 from sandbox._linux import cgroup, wire
@@ -37,8 +36,11 @@ from sandbox.supervisor.launching import Launchers
 from sandbox.supervisor.pool import is_poolable
 from sandbox.supervisor.work import Work
 
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from sandbox.launchers.contract import Container
     from sandbox.supervisor.egress import CallEgress, Egress

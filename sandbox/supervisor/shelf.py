@@ -13,13 +13,17 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from typing import Any
 
 from sandbox.errors import LauncherUnavailable
 from sandbox.launchers.contract import Container, Launcher
 from sandbox.launchers.jail import Jail
 from sandbox.supervisor import identity
 from sandbox.supervisor.maker import Kind, Maker
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 STANDBYS_MAX = 8
 TEMPLATE_TIMEOUT_S = 60.0

@@ -11,13 +11,16 @@ import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sandbox.errors import LaunchError, SandboxError
 from sandbox.plan import LaunchPlan
 
 # Most calls have a private workspace in which they leave nothing: what looks through trees is loaded when it is needed.
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from sandbox.workspace import Scan
 
 LISTED_MAX = 2000
