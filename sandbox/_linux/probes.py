@@ -87,19 +87,18 @@ def is_root_like() -> bool:
 
 
 class Trials:
-    """Trials under way in a child. Whoever began them has `results` to call, and may do something else before."""
+    """Trials under way in a child: `begin`, `go_on` and `results`, with time for something else in between."""
 
-    def __init__(self, pid: int, answers: int, results: dict[str, object]) -> None:
+    def __init__(self, pid: int, fds: tuple[int, int, int], *, as_root: bool) -> None:
         self._pid = pid
-        self._answers = answers
-        self._results = results
+        self._answers, self._ready, self._mapped = fds
+        self._as_root = as_root
+        self._results: dict[str, object] = {}
         self._deadline = time.monotonic() + _TIMEOUT_S
 
     @classmethod
     def begin(cls, *, as_root: bool) -> Trials:
-        """Fork the child and map its ids."""
-        deadline = time.monotonic() + _TIMEOUT_S
-        results: dict[str, object] = {}
+        """Fork the child, which leaves for a user namespace of its own."""
         ends = [end for _ in range(3) for end in os.pipe2(os.O_CLOEXEC)]
         read_fd, write_fd, ready_read, ready_write, mapped_read, mapped_write = ends
         pid = os.fork()
@@ -109,18 +108,21 @@ class Trials:
             _run_inside(write_fd, ready_write, mapped_read)
         for fd in (write_fd, ready_write, mapped_read):
             os.close(fd)
-        if _has_said(ready_read, deadline):
-            results["uid_map"] = _errno_of(_write_maps, pid, as_root)
-            if as_root:
-                results["idmap"] = _errno_of(_try_idmap, pid)
-            if results["uid_map"] == 0:
+        return cls(pid, (read_fd, ready_read, mapped_write), as_root=as_root)
+
+    def go_on(self) -> None:
+        """Map the child's ids, which takes a process that is dumpable. It tries the rest then."""
+        if _has_said(self._ready, self._deadline):
+            self._results["uid_map"] = _errno_of(_write_maps, self._pid, self._as_root)
+            if self._as_root:
+                self._results["idmap"] = _errno_of(_try_idmap, self._pid)
+            if self._results["uid_map"] == 0:
                 with contextlib.suppress(BrokenPipeError):  # it is gone: what it has not said counts as missing
-                    os.write(mapped_write, b"1")
+                    os.write(self._mapped, b"1")
             else:
-                os.kill(pid, signal.SIGKILL)
-        os.close(ready_read)
-        os.close(mapped_write)
-        return cls(pid, read_fd, results)
+                os.kill(self._pid, signal.SIGKILL)
+        os.close(self._ready)
+        os.close(self._mapped)
 
     def results(self) -> dict[str, object]:
         """What came of them. A trial that could not be reached is absent.
@@ -144,7 +146,9 @@ class Trials:
 
 def try_features(*, as_root: bool) -> dict[str, object]:
     """Run the trials and wait for what comes of them."""
-    return Trials.begin(as_root=as_root).results()
+    trials = Trials.begin(as_root=as_root)
+    trials.go_on()
+    return trials.results()
 
 
 def _has_said(fd: int, deadline: float) -> bool:

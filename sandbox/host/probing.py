@@ -39,7 +39,7 @@ def probe(trials: Trials | None = None) -> HostFacts:
 
     layout = cgroup.detect()
     is_root_like = probes.is_root_like()
-    results = (trials or probes.Trials.begin(as_root=is_root_like)).results()
+    results = trials.results() if trials is not None else probes.try_features(as_root=is_root_like)
     status = _status()
     userns = _user_namespaces(results, status, is_root_like=is_root_like)
     return HostFacts(

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     zygote = Zygote.begin()
     trials = probes.Trials.begin(as_root=probes.is_root_like())
     loading.load()
+    trials.go_on()
     import asyncio
     import pathlib
 
