@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from sandbox import errors
-from sandbox._linux import wire
+from sandbox._linux import bare, wire
 from sandbox._linux.child import Child
 from sandbox.errors import CallLost, InternalError, LauncherUnavailable, SandboxError
 
@@ -329,7 +329,7 @@ class Link:
         if self._control is None:
             self.facts_json()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parts = {"ask": json.dumps(ask).encode()}
+        parts = {"ask": bare.dumps(ask).encode()}
         if request is not None:
             parts["request"] = request
         try:

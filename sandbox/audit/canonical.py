@@ -39,7 +39,8 @@ _INVISIBLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202f\u205f-\u206f"
     r"\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
 )
-_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+# What holds itself is too deep, and found to be: there is no need to look out for it.
+_encoder = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"), sort_keys=True)
 # Numbers that need a look: of more than 15 digits, whole ones with a point, with an exponent, and none at all. The
 # pattern may also fit text inside a string, which only costs the look.
 _ODD_NUMBER = re.compile(r"[:,\[](?=[-0-9NI])-?(?:[0-9]{16}|[0-9]+\.0[,}\]]|[0-9.]+e|NaN|Infinity)")
@@ -220,7 +221,7 @@ def _plain_text(value: Any, depth: int) -> str:
     nonce = unwritten() if settled else ""
     try:
         text = _encoder.encode({**value, **dict.fromkeys(settled, nonce)} if settled else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return ""
     # An item takes two characters at least, so this bounds their number too; an opening bracket bounds the nesting.
     nesting = text.count("{") + text.count("[") + depth

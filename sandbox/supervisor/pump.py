@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
+import hashlib
 import os
 from collections.abc import Callable
-from hashlib import sha256
 
 CHUNK_BYTES = 256 * 1024
+
+
+@functools.cache
+def _sha256_of_nothing() -> str:
+    return hashlib.sha256().hexdigest()
 
 
 class Budget:
@@ -47,7 +53,8 @@ class OutputPump:
         self.on_done: Callable[[], None] | None = None
         # Whether nothing can follow what came: then the end of the file, which comes later, is not waited for.
         self.is_whole: Callable[[bytearray], bool] | None = None
-        self._digest = sha256()
+        # Made for the first byte: most streams never have one.
+        self._digest: hashlib._Hash | None = None
         self._loop = loop
         self._fd = fd
         self._budget = budget
@@ -64,7 +71,7 @@ class OutputPump:
 
     @property
     def sha256(self) -> str:
-        return self._digest.hexdigest()
+        return self._digest.hexdigest() if self._digest is not None else _sha256_of_nothing()
 
     def _readable(self) -> None:
         try:
@@ -82,6 +89,8 @@ class OutputPump:
         self.total_bytes += len(data)
         fits = self._budget.take(data)
         self.truncated |= len(fits) < len(data)
+        if self._digest is None:
+            self._digest = hashlib.sha256()
         self._digest.update(fits)
         if self._forward_fd < 0:
             self.kept += fits

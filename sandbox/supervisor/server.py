@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from sandbox import __version__, host
-from sandbox._linux import cgroup, wire
+from sandbox._linux import bare, cgroup, wire
 from sandbox.audit import record as audit_record
 from sandbox.audit.chain import Chain
 from sandbox.audit.store import Store, has_open_chains
@@ -177,7 +177,7 @@ class Supervisor:
         reply = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fds.pop("reply"))
         reply.setblocking(False)
         try:
-            ask = json.loads(parts["ask"])
+            ask = bare.loads(parts["ask"])
             ask["request"] = parts.get("request")
             try:
                 await self._run_call(reply, self._completed(ask), fds)
