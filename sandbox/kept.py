@@ -10,7 +10,6 @@ kept, and why nothing in a jail can write here.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import stat
@@ -18,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from sandbox import __version__, prepare_places, profile_places
+from sandbox.digests import sha256
 
 TYPE_CHECKING = False
 
@@ -182,7 +182,7 @@ def _file_digest(path: str) -> str | None:
 
 
 def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return f"sha256:{sha256(data).hexdigest()}"
 
 
 def find(question: Question) -> Kept | None:
@@ -208,7 +208,7 @@ def keep(question: Question, answer: Mapping[str, Any]) -> None:
     with _cache(question.state) as cache_fd, contextlib.suppress(OSError):
         if cache_fd is not None:
             _make_room(cache_fd)
-            _write(cache_fd, f"{question.key[7:]}{_SUFFIX}", hashlib.sha256(body).digest() + body)
+            _write(cache_fd, f"{question.key[7:]}{_SUFFIX}", sha256(body).digest() + body)
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ def _read(cache_fd: int, name: str) -> Any:
     finally:
         os.close(fd)
     expected, body = content[:_SHA256_BYTES], content[_SHA256_BYTES:]
-    if len(content) > SIZE_MAX or hashlib.sha256(body).digest() != expected:
+    if len(content) > SIZE_MAX or sha256(body).digest() != expected:
         return None
     try:
         data = json.loads(body)

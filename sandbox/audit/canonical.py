@@ -17,9 +17,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import PurePath
 
+from sandbox.digests import sha256
 from sandbox.errors import AuditError
 
 TYPE_CHECKING = False

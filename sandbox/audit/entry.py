@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from hashlib import sha256
 
 from sandbox.audit.canonical import encode, unwritten
+from sandbox.digests import sha256
 
 TYPE_CHECKING = False
 

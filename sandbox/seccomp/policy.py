@@ -17,9 +17,10 @@ Source: seccomp(2), and the man page of each call. docs/seccomp.md says the same
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+
+from sandbox.digests import sha256
 
 TYPE_CHECKING = False
 
@@ -240,7 +241,7 @@ def digest(policy: Mapping[str, Any]) -> str:
     """`sha256:` over everything but the digest itself."""
     content = {key: value for key, value in policy.items() if key != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return "sha256:" + sha256(text.encode()).hexdigest()
 
 
 def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,10 @@ test compares each with its policy as `compile` does with its own. `scripts/ship
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 
+from sandbox.digests import sha256
 from sandbox.seccomp import policy as policies
 
 TYPE_CHECKING = False
@@ -45,4 +45,4 @@ def _read(name: str) -> bytes | None:
             content = file.read()
     except FileNotFoundError:
         return None
-    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
+    return content[32:] if sha256(content[32:]).digest() == content[:32] else None

@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import hashlib
 import os
 from collections.abc import Callable
+
+from sandbox.digests import Running, sha256
 
 CHUNK_BYTES = 256 * 1024
 
 
 @functools.cache
 def _sha256_of_nothing() -> str:
-    return hashlib.sha256().hexdigest()
+    return sha256().hexdigest()
 
 
 class Budget:
@@ -54,7 +55,7 @@ class OutputPump:
         # Whether nothing can follow what came: then the end of the file, which comes later, is not waited for.
         self.is_whole: Callable[[bytearray], bool] | None = None
         # Made for the first byte: most streams never have one.
-        self._digest: hashlib._Hash | None = None
+        self._digest: Running | None = None
         self._loop = loop
         self._fd = fd
         self._budget = budget
@@ -90,7 +91,7 @@ class OutputPump:
         fits = self._budget.take(data)
         self.truncated |= len(fits) < len(data)
         if self._digest is None:
-            self._digest = hashlib.sha256()
+            self._digest = Running()
         self._digest.update(fits)
         if self._forward_fd < 0:
             self.kept += fits

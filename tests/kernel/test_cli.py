@@ -453,7 +453,7 @@ LIGHT = (
 # `dataclasses` alone brings in `inspect`, `typing` takes as long as all of ours.
 NOT_NEEDED = {"asyncio", "rich", "typer", "pydantic", "numpy", "cloudpickle", "cryptography", "logging", "ssl"}
 NOT_NEEDED |= {"dataclasses", "inspect", "typing", "pathlib", "sandbox.codec", "sandbox.runtime", "sandbox.planner"}
-NOT_NEEDED |= {"subprocess", "locale", "getpass"}
+NOT_NEEDED |= {"subprocess", "locale", "getpass", "hashlib"}
 
 
 def test_a_run_loads_nothing_that_it_does_not_need(cli: Cli) -> None:

@@ -246,7 +246,8 @@ def test_verification_loads_only_the_format_and_the_errors() -> None:
         "print(sorted(m for m in sys.modules if m.startswith('sandbox') or m in ('pydantic', 'typer', 'rich')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
-    parts = ("", ".audit", ".audit.canonical", ".audit.entry", ".audit.segments", ".audit.verify", ".errors")
+    audit = ("", ".canonical", ".entry", ".segments", ".verify")
+    parts = ("", *(f".audit{part}" for part in audit), ".digests", ".errors")
     assert done.stdout.strip() == str(["sandbox" + part for part in parts])
 
 

@@ -41,7 +41,7 @@ LAYERS = (
         "suffixes",
     ),
     ("_linux",),
-    ("errors",),
+    ("errors", "digests"),
 )
 RANK = {part: len(LAYERS) - index for index, layer in enumerate(LAYERS) for part in layer}
 SPLIT = {"profile": "profiles"} | {name: name for name in ("host", "runtime", "planner", "manifest", "prepare", "link")}
