@@ -112,15 +112,18 @@ class Jail:
         return self._pid
 
     def is_usable(self) -> bool:
-        """Whether a call may get it: sealed, or on its way there. Looks at the channel too, not at what was read."""
-        if self._status is None or self.gone.is_set() or self.failure:
-            return False
-        try:
-            return bool(self._status.recv(1, socket.MSG_PEEK))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        """Whether a call may get it: sealed, or on its way there. Reads what has come and was not read yet: behind
+        "sealed" there may be word of its end."""
+        while self._status is not None and not self.gone.is_set() and not self.failure:
+            try:
+                if not self._status.recv(1, socket.MSG_PEEK):
+                    return False
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            self._on_status()
+        return False
 
     def when_settled(self, then: Callable[[], None]) -> None:
         """Call `then` once: when it is sealed or serves, or will never be. Precondition: none of that yet."""

@@ -123,6 +123,7 @@ class Call:
             return
         # A standby that was killed, or a template that died while it made this one: nothing of the call was in it.
         self.jail.close()
+        self.exit = {}
         self.jail = self.another()
         await self._until_settled()
 
