@@ -9,19 +9,23 @@ if it is damaged, so that starts stay fast.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sandbox.audit.chain import LOCK, Chain, Position
 from sandbox.audit.entry import ENTRY_MAX_BYTES, FIRST_SEQ, entry_hash, genesis, segment_name
 from sandbox.audit.record import RecoveryFacts, lost_record, rfc3339, torn_notice
 from sandbox.audit.segments import list_segments, parse, read_lines
+from sandbox.digests import sha256
 from sandbox.errors import AuditError
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ def _close_lost(state: Path, chain_id: str, lock_fd: int, facts: RecoveryFacts) 
     try:
         if scan.torn:
             kept = _keep_aside(chain.path / segment_name(scan.segment_nr), scan)
-            chain.append("notice", torn_notice(kept, len(scan.torn), hashlib.sha256(scan.torn).hexdigest(), facts))
+            chain.append("notice", torn_notice(kept, len(scan.torn), sha256(scan.torn).hexdigest(), facts))
         chain.append_many([("closed", lost_record(entry, facts)) for entry in scan.opened.values()])
         chain.mark_clean()
     except (OSError, AuditError) as err:
