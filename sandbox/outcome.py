@@ -17,7 +17,7 @@ class Outcome:
 
     `value`: what a function returned. `stdout`, `stderr`: bytes, bounded by the manifest's `output`. `files`: what
     `collect` asked for, path to bytes. `changes`: a `Changeset` for a `cow` workspace. `denials`: what was tried and
-    not permitted. `record`: see `sandbox.audit.record.Record`.
+    not permitted. `record`: see `sandbox.audit.view.Record`.
     """
 
     ending: Ending

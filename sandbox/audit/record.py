@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from sandbox.audit.attestation import attestation, whole
 from sandbox.audit.canonical import Settled, bounded
 from sandbox.audit.entry import SCHEMA
-from sandbox.audit.view import Record as Record
 from sandbox.errors import AuditError
 
 TYPE_CHECKING = False

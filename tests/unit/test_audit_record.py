@@ -19,7 +19,6 @@ from sandbox.audit.canonical import encode
 from sandbox.audit.record import (
     CAPTURE_MAX_BYTES,
     ITEMS_MAX,
-    Record,
     RecoveryFacts,
     closed_record,
     lost_record,
@@ -27,6 +26,7 @@ from sandbox.audit.record import (
     rfc3339,
     uuid7,
 )
+from sandbox.audit.view import Record
 from sandbox.errors import AuditError
 from tests.helpers.audit import MANIFEST, MIB, closing, opening, pair
 
