@@ -86,18 +86,6 @@ def facts_digest(facts: bytes) -> str:
     return _digest(json.dumps(data, sort_keys=True).encode())
 
 
-def state_of(explicit: str | None) -> str:
-    """The state directory, as `audit.store.state_dir` says it; empty where it would take a longer look."""
-    path = explicit or os.environ.get("SANDBOX_STATE") or _usual_state()
-    plain = path.startswith("/") and not path.startswith("//") and os.path.normpath(path) == path
-    return path if plain else ""
-
-
-def _usual_state() -> str:
-    base = os.environ.get("XDG_STATE_HOME", "")
-    return f"{base if os.path.isabs(base) else os.path.expanduser('~/.local/state')}/sandbox"
-
-
 def ask(profile: str, settings: Mapping[str, Any], state: str, *, tty: bool) -> Question | None:
     """The question, or None for one whose answer is never kept, or which only an error can answer."""
     # Values that are set may be secrets, and `~USER` is the password file's.
@@ -112,7 +100,7 @@ def ask(profile: str, settings: Mapping[str, Any], state: str, *, tty: bool) -> 
     seen |= {
         "profile": profile,
         "settings": settings,
-        "state": [os.path.realpath(path) for path in (state, _usual_state())],
+        "state": [os.path.realpath(path) for path in (state, prepare_places.usual_state())],
         "terminal": prepare_places.terminal_size() if tty else None,
     }
     return Question(state, json.dumps(seen, sort_keys=True))

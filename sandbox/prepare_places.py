@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 _VENV_PARTS = ("bin", "include", "lib", "lib64", "pyvenv.cfg", "share", "etc")
 
 
+def state_of(explicit: str | None) -> str:
+    """The state directory, as `audit.store.state_dir` says it; empty where it would take a longer look."""
+    path = explicit or os.environ.get("SANDBOX_STATE") or usual_state()
+    plain = path.startswith("/") and not path.startswith("//") and os.path.normpath(path) == path
+    return path if plain else ""
+
+
+def usual_state() -> str:
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return f"{base if os.path.isabs(base) else os.path.expanduser('~/.local/state')}/sandbox"
+
+
 def shown_prefixes() -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """(real path, path) of every tree of this interpreter that is not in each jail's view, and directories for PATH."""
     prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sandbox import kept
+from sandbox import kept, prepare_places
 from sandbox.cli import FAILED
 from sandbox.cli.progress import Progress
 from sandbox.cli.terminal import carried, interruptible, is_interactive
@@ -43,7 +43,7 @@ def execute(request: Request, profile: str, state: str | None, settings: dict[st
         from sandbox.runtime import Sandbox
 
         tty = is_interactive() if request.terminal is None else request.terminal
-        question = kept.ask(profile, settings, kept.state_of(state), tty=tty)
+        question = kept.ask(profile, settings, prepare_places.state_of(state), tty=tty)
         with Sandbox(profile, state=state, **settings) as box:
             filesystem = box.manifest.filesystem
             if request.commit and not (filesystem.workspace and filesystem.workspace_mode == "cow"):

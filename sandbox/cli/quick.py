@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 
-from sandbox import kept, link, prepare_places
+from sandbox import link, prepare_places
 from sandbox.cli import words
-from sandbox.cli.progress import Progress
-from sandbox.cli.terminal import carried, interruptible, is_interactive
 from sandbox.errors import ManifestError
 
 TYPE_CHECKING = False
@@ -20,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from sandbox import kept
     from sandbox.link import Link, Pending
 
 _ELSEWHERE = ("commit", "collect", "into", "record")
@@ -39,6 +38,9 @@ class Ready:
 
     def run(self) -> int | None:
         """The exit status; None when nothing has run: this host's facts are others, or the supervisor has gone."""
+        from sandbox.cli.progress import Progress
+        from sandbox.cli.terminal import carried, interruptible
+
         with interruptible(), Progress("starting") as progress:
             if not self._plan.fits(self._link.facts_json()):
                 return None
@@ -100,7 +102,7 @@ def prepare(argv: list[str]) -> Ready | None:
     if context is None or not command[0] or any(name in options for name in _ELSEWHERE):
         return None
     own = {option.name: options.pop(option.name, None) for option in words.OWN}
-    state = kept.state_of(own["state"])
+    state = prepare_places.state_of(own["state"])
     try:
         settings = words.overrides(**options)
     except ManifestError:
@@ -109,6 +111,10 @@ def prepare(argv: list[str]) -> Ready | None:
         return None
     supervisor = link.shared(state)
     supervisor.start(forked=True)
+    # What is loaded from here on is loaded beside the supervisor's start, and not by it.
+    from sandbox import kept
+    from sandbox.cli.terminal import is_interactive
+
     tty = is_interactive() if own["terminal"] is None else own["terminal"]
     question = kept.ask(_PROFILE if own["profile"] is None else own["profile"], settings, state, tty=tty)
     plan = kept.find(question) if question is not None else None

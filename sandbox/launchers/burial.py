@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import sys
 
 from sandbox._linux import cgroup
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 # Several at a time: waking a thread costs more than a removal.
 PAUSE_S = 0.05
@@ -15,7 +20,7 @@ class Burial:
     """Removes groups in a thread of its own, in their order. `close` waits for those that were given to it."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="burial")
+        self._thread: ThreadPoolExecutor | None = None
         self._waiting: list[cgroup.CallGroup] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -26,17 +31,29 @@ class Burial:
             self._timer = asyncio.get_running_loop().call_later(PAUSE_S, self._start)
 
     def _start(self) -> None:
+        # Not before: who makes a single call ends sooner.
+        from concurrent.futures import ThreadPoolExecutor
+
         self._timer = None
         groups, self._waiting = self._waiting, []
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="burial")
         self._thread.submit(_destroy, groups)
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._start()
-        self._thread.shutdown()
+            self._timer = None
+        if self._thread is not None:
+            self._thread.shutdown()
+        _destroy(self._waiting)
+        self._waiting.clear()
 
 
 def _destroy(groups: list[cgroup.CallGroup]) -> None:
     for group in groups:
-        group.destroy()
+        try:
+            group.destroy()
+        except OSError as error:
+            # Others depend on what comes after us; `cgroup.reap` will find it.
+            print(f"sandbox: the group {group.name} was not removed: {error}", file=sys.stderr)

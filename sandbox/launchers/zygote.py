@@ -66,9 +66,13 @@ class Zygote:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def close(self) -> None:
-        """Let the zygote end; its jails end with it."""
+    def end(self) -> None:
+        """Let the zygote end, without waiting for it; its jails end with it."""
         self._control.close()
+
+    def close(self) -> None:
+        """`end`, and wait."""
+        self.end()
         try:
             self._process.wait(5)
         except TimeoutError:

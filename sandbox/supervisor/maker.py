@@ -135,5 +135,8 @@ class Maker:
 
     def close(self) -> None:
         """End the zygote, and with it whatever it gave birth to; remove the groups of jails that were closed."""
-        self.zygote.close()
-        self._burial.close()
+        self.zygote.end()
+        try:
+            self._burial.close()
+        finally:
+            self.zygote.close()
