@@ -230,6 +230,8 @@ def _serve(launch: Launch, prepared: Prepared) -> None:
     own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    # A jail stops before it is killed (`launchers.jail`).
+    process.hear_only_of_ends()
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     poller = select.poll()
     poller.register(wake_read, select.POLLIN)

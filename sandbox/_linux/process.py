@@ -47,6 +47,35 @@ def prctl(name: str, option: int, first: int = 0, second: int = 0) -> int:
     return result
 
 
+class _SignalAction(ctypes.Structure):
+    """struct sigaction of the C library."""
+
+    _fields_ = [
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_char * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    ]
+
+
+_SA_NOCLDSTOP = 1
+_libc.sigaction.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+def hear_only_of_ends() -> None:
+    """No SIGCHLD for children that stop or go on, only for those that end. Until SIGCHLD's handler is set again."""
+    action = _SignalAction()
+    _sigaction(None, ctypes.byref(action))
+    action.flags |= _SA_NOCLDSTOP
+    _sigaction(ctypes.byref(action), None)
+
+
+def _sigaction(new: object, old: object) -> None:
+    if _libc.sigaction(signal.SIGCHLD, new, old) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"sigaction SIGCHLD: {os.strerror(code)}")
+
+
 def die_with_parent() -> None:
     """Ask for SIGKILL when the thread that forked us ends. Cleared by a change of uid, so set it after that."""
     prctl("PR_SET_PDEATHSIG", PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -85,7 +85,8 @@ class Jail:
         self.is_killed = False
         # Nothing of a runtime's lies between its first process and us.
         self._is_native = False
-        self._is_ending = False
+        # Its first process is all that is left in it, and waits to be killed.
+        self._is_alone = False
         self.is_serving = False
         self.is_reaped = False
         self.is_closed = False
@@ -241,44 +242,44 @@ class Jail:
     def end_at_reply(self) -> dict[str, float | int]:
         """End a function that has written its reply: its one process has nothing left to do.
 
-        Its counters when it was the only task inside: then `gone` is set, though it may still be dying. Empty when
-        there were others, or when nobody counts: then `gone` comes when all of it is.
+        Its counters when it was the only task inside: then `gone` is set, and it is killed when somebody waits for its
+        death, which is after the outcome was told. Empty when there were others, or when nobody counts: then
+        `gone` comes when all of it is.
         """
         if self.usual is None or self.group is None or "pidfd" not in self.fds:
             return {}
-        # First: a task with SIGKILL pending does not get back to its own code, so what is counted now is all.
-        self._kill_first()
-        stats = self._stats_of_one()
-        if stats:
-            self._is_ending = True
-            self._end()
-        return stats
+        # First: a task that is to stop does not get back to its own code, so what is counted now is all, and nobody is
+        # there to let it go on. Not SIGKILL yet: taking it apart would compete with us for the core that it woke us on.
+        self._signal_first(signal.SIGSTOP)
+        return self._end_alone()
 
     def end_at_exit(self, *, may_be_all: bool) -> dict[str, float | int]:
-        """As `end_at_reply`, when pid 1 has waited for the tool, and now waits for us.
+        """As `end_at_reply`, when pid 1 has waited for the tool: it is ours, does nothing more, and waits for us.
 
-        It is ours and does nothing more, so it is killed only when somebody waits for its death, which is after the
-        outcome was told. If this may not be all that is to be known (not `may_be_all`), then it is killed at once.
+        If this may not be all that is to be known (not `may_be_all`), it is killed at once.
         """
         if not self._is_native:
             return {}
-        stats = self._stats_of_one() if may_be_all and self.group is not None else {}
-        if stats:
-            self._end()
-        else:
-            self._kill_first()
-        return stats
+        if may_be_all and self.group is not None:
+            return self._end_alone()
+        self._signal_first(signal.SIGKILL)
+        return {}
 
-    def _kill_first(self) -> None:
-        if "pidfd" in self.fds:
-            with contextlib.suppress(ProcessLookupError):
-                syscalls.pidfd_kill(self.fds["pidfd"], signal.SIGKILL)
-
-    def _stats_of_one(self) -> dict[str, float | int]:
-        """The group's counters if one task is left in it and all are counted, else nothing."""
+    def _end_alone(self) -> dict[str, float | int]:
+        """The group's counters if one task is left in it and all is counted: then `gone` is set. Else it is killed."""
         assert self.group is not None
         stats = self.group.stats()
-        return stats if stats.get("pids_current", 2) <= 1 and stats.keys() >= _COUNTED else {}
+        if stats.get("pids_current", 2) <= 1 and stats.keys() >= _COUNTED:
+            self._is_alone = True
+            self._end()
+            return stats
+        self._signal_first(signal.SIGKILL)
+        return {}
+
+    def _signal_first(self, number: int) -> None:
+        if "pidfd" in self.fds:
+            with contextlib.suppress(ProcessLookupError):
+                syscalls.pidfd_kill(self.fds["pidfd"], number)
 
     def _on_status(self) -> None:
         assert self._status is not None
@@ -340,7 +341,9 @@ class Jail:
         if self.is_reaped:
             pass  # pid 1 was waited for, which is after every other process inside
         elif "pidfd" in self.fds:
-            if not self._is_ending:
+            if self._is_alone:
+                self._signal_first(signal.SIGKILL)
+            else:
                 self.kill()
             if self._status is not None:
                 # What it still has to say is read below: until then it need not wake us.
