@@ -37,7 +37,13 @@ class Loop(asyncio.SelectorEventLoop):
         if not isinstance(fd, int):
             super().add_reader(fd, callback, *args)
             return
-        if fd not in self._watched:
+        try:
+            if fd in self._watched:
+                self._epoll.modify(fd, select.EPOLLIN)
+            else:
+                self._epoll.register(fd, select.EPOLLIN)
+        except FileNotFoundError:
+            # What had this number was closed while it was watched.
             self._epoll.register(fd, select.EPOLLIN)
         self._watched[fd] = (callback, args)
 

@@ -104,6 +104,22 @@ def test_a_number_that_was_given_anew_is_not_taken_for_what_it_was(pipes: list[t
     assert seen == ["due"]
 
 
+def test_a_number_that_was_closed_while_it_was_watched_can_be_watched_anew(pipes: list[tuple[int, int]]) -> None:
+    (read_end, _), (other_end, other_write) = pipes
+    seen: list[bytes] = []
+
+    def work(loop: Loop) -> None:
+        loop.add_reader(read_end, lambda: seen.append(b"wrong"))
+        os.close(read_end)
+        os.dup2(other_end, read_end)
+        os.write(other_write, b"x")
+        loop.add_reader(read_end, lambda: seen.append(os.read(read_end, 1)))
+
+    _run(work)
+
+    assert seen == [b"x"]
+
+
 def test_a_reader_that_fails_is_told_and_the_others_get_their_turn(pipes: list[tuple[int, int]]) -> None:
     seen: list[int] = []
     for _, write_end in pipes:
