@@ -30,6 +30,7 @@ EXTRA_FDS = (("request", 3), ("result", 4))
 # Above all of these, and no higher than need be: the tool's limit of open files, which may be 16, is ours by now.
 _FREE_FD = 5
 _STDIO_MAX = 2
+_TOGETHER_MAX = 100
 # <asm-generic/ioctls.h>. Module termios has it, and is a library to load for each zygote.
 _TIOCSCTTY = 0x540E
 # Signals whose handling this interpreter has changed; an ignored one would stay ignored across the exec.
@@ -220,9 +221,15 @@ def _attend(launch: Launch, tool_pid: int, *, waits: bool) -> None:
 
 
 def _reap(launch: Launch, tool_pid: int) -> bool:
-    """Wait for all that have ended; whether the tool is among them, which is told when nobody is left to wait for."""
+    """Wait for all that have ended; whether the tool is among them, which is told then.
+
+    What ended together with the tool is waited for first: then nobody but us is left. Not for ever, since what the tool
+    left behind may go on making orphans that end.
+    """
     tool_status: int | None = None
-    while True:
+    left = _TOGETHER_MAX
+    while left:
+        left -= tool_status is not None
         try:
             pid, wait_status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:

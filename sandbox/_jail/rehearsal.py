@@ -33,8 +33,9 @@ _NAMES = ("stdin", "stdout", "stderr", "request", "result")
 def rehearse(launch: Launch, settings: dict[str, Any]) -> None:
     """Go the way of a child often enough. Leaves nothing mounted or open, and takes no step of a jail."""
     kept = launch.applied, launch.status, launch.fds
+    seat = function.Seat(settings) if settings["function"] else None
     for _ in range(_ROUNDS):
-        stage = Stage(launch, function.Seat(settings) if settings["function"] else None)
+        stage = Stage(launch, seat)
         stage.play()
         stage.close()
     launch.applied, launch.status, launch.fds = kept

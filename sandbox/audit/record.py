@@ -167,7 +167,7 @@ def opened_record(opening: Opening) -> dict[str, Any]:
         "record_id": opening.record_id,
         "call_id": opening.call_id,
         "attempt": opening.attempt,
-        "context": _context(*(call.get(name) for name in _CONTEXT)),
+        "context": _context(*(_as_text(call.get(name)) for name in _CONTEXT)),
         "time": {"time_start": opening.time_start, "time_end": None, "duration_s": None},
         "agent": Settled({"name": _name(call.get("agent")), **_names(opening.agent)}),
         "principal": shared.principal,
@@ -239,8 +239,13 @@ def _captures(manifest: Mapping[str, Any]) -> frozenset[str]:
     return frozenset((manifest.get("audit") or {}).get("capture") or ())
 
 
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+# Of texts alone: True and 1 would be one key.
 @functools.lru_cache(maxsize=256)
-def _context(*values: Any) -> Settled:
+def _context(*values: str | None) -> Settled:
     """Most calls of a caller have the same, mostly an empty one."""
     texts = zip(_CONTEXT, values, strict=True)
     return Settled({name: _text(value) if name == "why" else _name(value) for name, value in texts})

@@ -276,8 +276,10 @@ def test_a_reader_that_is_slow_gets_all_that_a_program_said_before_its_end(box: 
 def test_a_program_that_leaves_others_behind_is_over_when_they_are(box: Sandbox) -> None:
     until_warm(lambda: box.run(["sh", "-c", "true"]))
     started = time.monotonic()
-    done = box.run(["sh", "-c", "for i in 1 2 3; do setsid sleep 60 <&- >&- 2>&- & done; sleep 0.2"])
-    assert done.exit_code == 0
+    leave = 'for i in 1 2 3; do setsid sleep 60 <&- >&- 2>&- & left="$left $!"; done; sleep 0.5;'
+    look = "for pid in $left; do read name < /proc/$pid/comm; [ $name = sleep ] || exit 9; done"
+    done = box.run(["sh", "-c", leave + look])
+    assert done.exit_code == 0, "three are there when the program ends"
     assert time.monotonic() - started < 30
     if getattr(done.record.isolation, "cgroup", None) is not None:
         assert done.record.usage.pids_peak >= 5

@@ -66,6 +66,13 @@ def test_values_of_environment_variables_are_nowhere() -> None:
     assert list(closed["policy"]["resolved_manifest"]["environment"]["set"]) == ["TOKEN"]
 
 
+def test_ids_that_are_no_text_are_told_apart_and_written_as_text() -> None:
+    sessions = [
+        opened_record(opening(call={"session": value}))["context"]["session"] for value in (1, True, ["a"], None)
+    ]
+    assert sessions == ["1", "True", "['a']", None]
+
+
 def test_content_is_stored_only_when_the_manifest_captures_it() -> None:
     seen = {"stdout": b"content-of-output", "stderr": b"", "result": {"answer": "content-of-result"}}
     call = {"arguments": {"q": "content-of-args"}, "arguments_sha256": "sha256:11"}
